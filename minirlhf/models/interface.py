@@ -1,0 +1,77 @@
+"""What every model family offers, and the two things that all of them share: the shift and the scalar head.
+
+A model is a frozen config, a nested dict of tensors named like the checkpoint, and pure functions of both.
+`LanguageModel` binds the functions of one family to one config, so that rollout, kernels, training and
+evaluation never learn which family they run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Any]
+"""Nested dicts and lists of tensors, with the checkpoint's names: `params["h"][3]["attn"]["c_attn"]["weight"]`."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, allocated once at full capacity S by whoever samples.
+
+    keys: L tensors [B, H, S, Dh]; values: likewise. Slots beyond a row's length hold garbage that no
+    query attends to.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class LanguageModel(NamedTuple):
+    """One family bound to one config.
+
+    config: frozen dataclass; has at least `vocab_size`, `n_positions`, `eos_token_id`.
+    init: generator -> fresh parameters.
+    hidden: (params, tokens [B, T]) -> [B, T, D], final norm applied. Causal: right padding changes nothing.
+    unembedding: params -> [V, D].
+    new_cache: (batch, capacity) -> Cache on the device and in the dtype of the parameters it is given.
+    extend_: (params, tokens [B, T], start [B], cache) -> hidden [B, T, D]; writes the cache at
+        start[b] .. start[b] + T - 1 of row b and attends to all of row b before.
+    """
+
+    config: Any
+    init: Callable[[torch.Generator], Params]
+    hidden: Callable[[Params, Tensor], Tensor]
+    unembedding: Callable[[Params], Tensor]
+    new_cache: Callable[[Params, int, int], Cache]
+    extend_: Callable[[Params, Tensor, Tensor, Cache], Tensor]
+
+
+def aligned(hidden: Tensor) -> Tensor:
+    """The state that predicts token t, at slot t: aligned(hidden)[:, t] = hidden[:, t - 1].
+
+    The one place where the shift by one happens; log-probs and values both read its result, so slot t of
+    everything [B, T] belongs to token t. Slot 0 predicts nothing (prompts are never empty) and holds zeros.
+
+    Args:
+        hidden: [B, T, D] states after reading each token.
+
+    Returns:
+        [B, T, D] states before reading each token.
+    """
+    return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
+
+
+def with_scalar_head(params: Params, *, generator: torch.Generator) -> Params:
+    """The same backbone (shared, not copied) with a fresh scalar head: score.weight [1, D] ~ N(0, 1/(D+1)).
+
+    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), appendix B.
+    """
+    reference = params["wte"]["weight"]
+    width = reference.shape[-1]
+    weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+    return {**params, "score": {"weight": weight.to(reference)}}
+
+
+def scalar(params: Params, hidden: Tensor) -> Tensor:
+    """Score of every state: hidden [..., D] -> [...], in fp32 (a reward or a value, in reward units)."""
+    return hidden.float() @ params["score"]["weight"][0].float()
