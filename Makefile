@@ -1,0 +1,59 @@
+# make demo   set up .venv and run the whole pipeline on the embedded world
+# make test   set up .venv and run the whole test suite
+# make check  ruff, the formatter and the type checker
+#
+# PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
+# VENV=...      another place for it. `make VENV= PYTHON=/env/bin/python test` makes none: it uses an existing
+#               environment with its own torch as it is, installs nothing and needs no network.
+# PIP_ARGS=...  passed to pip. On Linux the package index's torch is the CUDA build; the smaller CPU build:
+#               make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# ARGS=...      passed to the command: make demo ARGS="--seed 1 --out runs/seed1", make test ARGS="-k gae"
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+SHELL := /bin/bash
+
+ifeq ($(strip $(VENV)),)
+RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
+DEMO_READY :=
+TEST_READY :=
+else
+RUN := $(VENV)/bin/python
+DEMO_READY := $(VENV)/.ready-plot
+TEST_READY := $(VENV)/.ready-test
+endif
+
+.PHONY: demo test check format install clean
+.DEFAULT_GOAL := demo
+
+demo: $(DEMO_READY)
+	$(RUN) -m minirlhf run $(ARGS)
+
+test: $(TEST_READY)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(TEST_READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
+
+format: $(TEST_READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# Puts the `minirlhf` command into an existing environment and leaves its torch alone.
+install:
+	$(PYTHON) -m pip install --no-deps -e . $(PIP_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minirlhf needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; choose one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# .ready-plot: what the demo needs; .ready-test: what the tests and checks need. The extra is in the name.
+$(VENV)/.ready-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[$*]"
+	@touch $@
