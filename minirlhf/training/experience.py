@@ -1,0 +1,160 @@
+"""From a scored rollout to what PPO learns from: log-probs, rewards, values, advantages, returns.
+
+Everything is [N, T], aligned with the token that it scores, and computed once per iteration by the parameters
+that sampled, without autograd history: old log-probs, rewards and advantages receive no gradient by law.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minirlhf.kernels.logprob import token_logp
+from minirlhf.models.interface import LanguageModel, Params, aligned, scalar
+from minirlhf.objectives.advantages import gae, whiten
+from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
+from minirlhf.objectives.masked import select
+from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
+from minirlhf.runs import InputError
+
+
+class Experience(NamedTuple):
+    """One iteration's N responses, ready to be cut into minibatches.
+
+    tokens: int64 [N, T] prompt and response; mask: bool [N, T], True on response tokens.
+    prompt_lengths, lengths: int64 [N].
+    old_logp: [N, T] log π_old(token), tempered as it was sampled; ref_logp: [N, T] the reference's, likewise.
+    old_value: [N, T] the critic's V before each token, in units of the score.
+    score: [N] the reward of the response, less the missing-EOS penalty.
+    reward: [N, T] -β k1, and the score on the last valid token.
+    advantage: [N, T] whitened over all N rows; ret: [N, T] the critic's target, formed before whitening.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    old_value: Tensor
+    score: Tensor
+    reward: Tensor
+    advantage: Tensor
+    ret: Tensor
+
+
+class Sampled(NamedTuple):
+    """What one iteration sampled.
+
+    prompt_index: int64 [N] the prompt of each row; rollout: as sampled; experience: what is made of it.
+    sampler_gap: the largest |recorded - recomputed| log-prob of a sampled token, in nats.
+    """
+
+    prompt_index: Tensor
+    rollout: Rollout
+    experience: Experience
+    sampler_gap: float
+
+
+@torch.no_grad()
+def collect(
+    model: LanguageModel,
+    policy: Params,
+    reference: Params,
+    critic: Params,
+    rollout: Rollout,
+    score: Tensor,
+    *,
+    temperature: float,
+    kl_coefficient: float,
+    missing_eos_penalty: float,
+    gamma: float,
+    lam: float,
+    micro_batch_size: int,
+) -> Experience:
+    """Scores every token of a rollout by all three models and forms rewards, advantages and returns.
+
+    The length limit is part of the task: a truncated response is scored on its last token, pays the
+    missing-EOS penalty, and bootstraps 0. The KL reward compares both laws at the sampling temperature.
+
+    Args:
+        score: [N] one number per response, as the scorer gave it.
+        kl_coefficient: β, score units per nat of log π/π_ref on a sampled token.
+        missing_eos_penalty: subtracted from the score of a response that no stop token ended.
+        micro_batch_size: rows per forward pass.
+
+    Raises:
+        InputError: score has another shape than [N], or is not finite.
+    """
+    mask = response_mask(rollout)
+    law = partial(logp_of, model, temperature=temperature)
+    old_logp = by_rows(partial(law, policy), rollout, micro_batch_size=micro_batch_size)
+    ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=micro_batch_size)
+    old_value = by_rows(partial(value_of, model, critic), rollout, micro_batch_size=micro_batch_size)
+    penalised = penalised_score(score, rollout, missing_eos_penalty=missing_eos_penalty)
+    reward = kl_shaped_reward(penalised, kl_k1(old_logp, ref_logp, mask), mask, beta=kl_coefficient)
+    estimate = gae(reward, old_value, mask, gamma=gamma, lam=lam)
+    return Experience(
+        tokens=rollout.tokens,
+        mask=mask,
+        prompt_lengths=rollout.prompt_lengths,
+        lengths=rollout.lengths,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        old_value=old_value,
+        score=penalised,
+        reward=reward,
+        advantage=whiten(estimate.advantage, mask),
+        ret=estimate.ret,
+    )
+
+
+def logp_of(
+    model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor, *, temperature: float
+) -> Tensor:
+    """log π(tokens[b, t] | tokens[b, :t]) of the tempered law where the mask is True, else 0: [B, T] nats."""
+    states = aligned(model.hidden(params, tokens))
+    return token_logp(states, model.unembedding(params), tokens, mask, temperature=temperature)
+
+
+def value_of(model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor) -> Tensor:
+    """V *before* token t, from the state that predicts it, where the mask is True, else 0: [B, T]."""
+    return select(scalar(params, aligned(model.hidden(params, tokens))), mask)
+
+
+def take_rows(experience: Experience, index: Tensor) -> Experience:
+    """The rows at `index` [K] of every field alike, trimmed to the longest of them."""
+    longest = int(experience.lengths[index].max())
+    return Experience(*(field[index, :longest] if field.ndim == 2 else field[index] for field in experience))
+
+
+def by_rows(read: Callable[[Tensor, Tensor], Tensor], rollout: Rollout, *, micro_batch_size: int) -> Tensor:
+    """read(tokens [b, t], response mask [b, t]) -> [b, t] a few rows at a time, without padding beyond their
+    longest: [N, T], 0 in what was trimmed."""
+    mask, width, parts = response_mask(rollout), rollout.tokens.shape[1], []
+    for rows in torch.arange(len(mask), device=mask.device).split(micro_batch_size):
+        longest = int(rollout.lengths[rows].max())
+        part = read(rollout.tokens[rows, :longest], mask[rows, :longest])
+        parts.append(F.pad(part, (0, width - longest)))
+    return torch.cat(parts)
+
+
+def penalised_score(score: Tensor, rollout: Rollout, *, missing_eos_penalty: float) -> Tensor:
+    """The score [N], less the penalty wherever the length limit, and no stop token, ended the response.
+
+    Raises:
+        InputError: score has another shape than [N], or is not finite.
+    """
+    _check_score(score, len(rollout.tokens))
+    return score - missing_eos_penalty * (rollout.stop_reason == LENGTH)
+
+
+def _check_score(score: Tensor, rows: int) -> None:
+    if score.shape != (rows,):
+        raise InputError(f"expected the score of {rows} responses, got shape {list(score.shape)}")
+    if not bool(score.isfinite().all()):
+        row = int((~score.isfinite()).nonzero()[0, 0])
+        raise InputError(f"the score of response {row} is {float(score[row])}, not a finite number")

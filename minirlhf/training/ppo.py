@@ -1,0 +1,273 @@
+"""PPO from human feedback: sample, score, shape the reward, estimate advantages, learn, guard.
+
+    rollout → score → missing-EOS penalty → per-token KL-shaped reward → values → GAE → whitened advantages
+            → epochs of minibatches of clipped surrogate + clipped value loss (+ entropy) → KL controller
+
+`iteration` is one round of it, `train` the stage. What lies between is importable too: `ppo_sampling.sample`
+makes the experience, `ppo_update.optimise` learns from it, and examples/own_loop.py does without both.
+
+Ouyang et al. 2022, "Training language models to follow instructions" (arXiv:2203.02155); details after Huang
+et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031). Any LanguageModel will do.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+
+from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.objectives.divergence import KLController, adapt_kl
+from minirlhf.training.experience import Sampled
+from minirlhf.training.loop import StageResult
+from minirlhf.training.ppo_config import PPOConfig
+from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
+from minirlhf.training.ppo_sampling import sample, seeded
+from minirlhf.training.ppo_update import Learners, critic_step, minibatches, optimise
+from minirlhf.training.rewards import Scorer
+from minirlhf.training.update import NonFiniteError, init_state
+
+
+class PPOState(NamedTuple):
+    """All that changes from one iteration to the next.
+
+    learners: policy and critic with their optimiser states, which own their buffers.
+    controller: the KL coefficient in force.
+    episode: episodes sampled so far; with the seed it fixes prompts, uniforms and minibatch order.
+    early_stops: iterations that the target KL cut short.
+    """
+
+    learners: Learners
+    controller: KLController
+    episode: int
+    early_stops: int
+
+
+class Iteration(NamedTuple):
+    """One iteration's outcome: the next state, its metrics (see ppo_metrics.METRICS), and what it sampled."""
+
+    state: PPOState
+    metrics: dict[str, float]
+    sampled: Sampled
+
+
+class Best(NamedTuple):
+    """A policy worth keeping: its parameters (a copy), its iteration, and the metrics that say so."""
+
+    params: Params
+    step: int
+    metrics: dict[str, float]
+
+
+class Task(NamedTuple):
+    """What PPO is run on, and never changes.
+
+    model: policy, reference and critic are parameters of this one model; the critic has a scalar head.
+    reference: π_ref; gets no gradient.
+    scorer: (rollout, prompt_index) -> score [N].
+    prompts: token ids of all prompts.
+    stop_ids: tokens that end a response; the first is EOS.
+    """
+
+    model: LanguageModel
+    reference: Params
+    scorer: Scorer
+    prompts: Sequence[Sequence[int]]
+    stop_ids: Sequence[int]
+
+
+def begin(policy: Params, critic: Params, config: PPOConfig) -> PPOState:
+    """The state before the first episode. Both models are copied: the reference may be `policy` itself."""
+    learners = Learners(init_state(policy), init_state(critic))
+    return PPOState(learners, KLController(torch.tensor(config.kl_coefficient)), episode=0, early_stops=0)
+
+
+def iteration(task: Task, state: PPOState, config: PPOConfig, *, seed: int, rate: float = 1.0) -> Iteration:
+    """One round of PPO.
+
+    Args:
+        state: from `begin` or a former iteration; its buffers are written to, so use only the new one.
+        seed: of everything random here; with `state.episode` it fixes all of it.
+        rate: factor of both learning rates (`train` passes its schedule).
+
+    Raises:
+        GuardError: sampler and trainer disagree, or the first minibatch is off-policy.
+        NonFiniteError: a loss or gradient is not finite.
+        InputError: a score is not finite, or a prompt does not fit.
+    """
+    start = time.perf_counter()
+    sampled = _sample(task, state, config, seed=seed)
+    learners, history, stopped = optimise(
+        task.model,
+        state.learners,
+        sampled.experience,
+        config,
+        rate=rate,
+        generator=seeded(seed, "minibatches", state.episode),
+    )
+    metrics = _sampled_metrics(task, state, sampled) | learning_metrics(history)
+    after = PPOState(
+        learners=learners,
+        controller=_adapted(state.controller, metrics["objective/kl"], config),
+        episode=state.episode + config.batch_size,
+        early_stops=state.early_stops + int(stopped),
+    )
+    seconds = time.perf_counter() - start
+    metrics |= {
+        "policy/early_stops": float(after.early_stops),
+        "lr": rate * config.learning_rate,
+        "episode": float(after.episode),
+        "eps": config.batch_size / seconds,
+        "perf/tokens_per_second": metrics["response/length_mean"] * config.batch_size / seconds,
+    }
+    return Iteration(after, metrics, sampled)
+
+
+def train(
+    model: LanguageModel,
+    policy: Params,
+    reference: Params,
+    critic: Params,
+    scorer: Scorer,
+    prompts: Sequence[Sequence[int]],
+    config: PPOConfig,
+    *,
+    seed: int,
+    stop_ids: Sequence[int] | None = None,
+    evaluate: Callable[[Params], dict[str, float]] | None = None,
+    criterion: str = "validation/objective",
+    keep: Callable[[Params, dict[str, float]], None] | None = None,
+    log: Callable[[int, dict[str, float]], None] | None = None,
+    show: Callable[[int, Sampled], None] | None = None,
+) -> StageResult:
+    """The stage: critic pretraining, then iterations at a linearly falling rate, the best policy kept.
+
+    Args:
+        model: one family for policy, reference, critic; a reward model inside the scorer may be another.
+        policy, reference: start policy and π_ref, often the same SFT parameters; neither is written to.
+        critic: backbone and scalar head, usually `rewards.critic_from_reward_model`; not written to.
+        scorer: reward of each response (`rewards`). prompts: token ids, each with room for max_response.
+        seed: of prompts, uniforms and minibatch orders.
+        stop_ids: tokens that end a response, the first is EOS; by default the model's EOS alone.
+        evaluate: called on the first policy, every config.evaluate_every iterations, and on the last one;
+            `ppo_sampling.objective_on` makes the default criterion.
+        criterion: the evaluation metric (higher is better) that decides which policy is the best.
+        keep: gets each new best policy and its evaluation metrics.
+        log: gets every iteration's metrics, the evaluation's among them, and its number (0 is before any).
+        show: gets each evaluated iteration's number and samples, for a table of them.
+
+    Returns:
+        The best policy; without `evaluate`, the last.
+
+    Raises:
+        GuardError, NonFiniteError, InputError: see `iteration`. What `keep` was given stays the best so far.
+    """
+    stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    task = Task(model, reference, scorer, prompts, stops)
+    state = begin(policy, critic, config)
+    history: list[dict[str, float]] = []
+    judge = partial(_judge, evaluate=evaluate, criterion=criterion, keep=keep)
+    best, first = judge(None, 0, state)
+    if log is not None and first:
+        log(0, first)
+    total = config.critic_pretraining + config.iterations
+    for number in range(1, total + 1):
+        done = number - 1 - config.critic_pretraining
+        if done < 0:
+            state, metrics, sampled = pretrain_critic(task, state, config, seed=seed)
+        else:
+            rate = 1 - (1 - config.final_rate) * done / config.iterations
+            state, metrics, sampled = iteration(task, state, config, seed=seed, rate=rate)
+        if done >= 0 and ((done + 1) % config.evaluate_every == 0 or number == total):
+            best, judged = judge(best, number, state)
+            metrics |= judged
+            if show is not None:
+                show(number, sampled)
+        history.append(metrics)
+        if log is not None:
+            log(number, metrics)
+    if best is None:
+        best = Best(state.learners.policy.params, total, history[-1])
+    return StageResult(best.params, best.step, best.metrics, history)
+
+
+def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int) -> Iteration:
+    """One round in which only the critic learns, so that the policy's first advantages mean something.
+
+    Its value loss is not clipped: a clip keeps a critic near its old values, and these are what is wrong.
+    """
+    unclipped = replace(config, value_clip=None)
+    sampled = _sample(task, state, config, seed=seed)
+    critic, history = state.learners.critic, []
+    order = seeded(seed, "minibatches", state.episode)
+    for minibatch in minibatches(sampled.experience, unclipped, generator=order):
+        critic, step_metrics = critic_step(task.model, critic, minibatch, unclipped, rate=1.0)
+        history.append(step_metrics)
+    after = state._replace(
+        learners=state.learners._replace(critic=critic), episode=state.episode + config.batch_size
+    )
+    metrics = _sampled_metrics(task, state, sampled) | learning_metrics(history)
+    return Iteration(after, metrics | {"episode": float(after.episode)}, sampled)
+
+
+def _sample(task: Task, state: PPOState, config: PPOConfig, *, seed: int) -> Sampled:
+    return sample(
+        task.model,
+        state.learners.policy.params,
+        task.reference,
+        state.learners.critic.params,
+        task.scorer,
+        task.prompts,
+        config,
+        episode=state.episode,
+        kl_coefficient=float(state.controller.coefficient),
+        seed=seed,
+        stop_ids=task.stop_ids,
+    )
+
+
+def _sampled_metrics(task: Task, state: PPOState, sampled: Sampled) -> dict[str, float]:
+    beta = float(state.controller.coefficient)
+    return sampled_metrics(sampled, kl_coefficient=beta, eos_id=task.stop_ids[0])
+
+
+def _judge(
+    best: Best | None,
+    number: int,
+    state: PPOState,
+    *,
+    evaluate: Callable[[Params], dict[str, float]] | None,
+    criterion: str,
+    keep: Callable[[Params, dict[str, float]], None] | None,
+) -> tuple[Best | None, dict[str, float]]:
+    """The best policy so far, the present one included, and what the evaluation found."""
+    if evaluate is None:
+        return best, {}
+    params = state.learners.policy.params
+    metrics = evaluate(params)
+    if criterion not in metrics:
+        raise ValueError(f"expected the evaluation to give {criterion!r}, got {sorted(metrics)}")
+    if not math.isfinite(metrics[criterion]):
+        raise NonFiniteError(number, f"{criterion} = {metrics[criterion]}")
+    if best is None or metrics[criterion] > best.metrics[criterion]:
+        best = Best(tree_map(torch.clone, params), number, metrics)
+        if keep is not None:
+            keep(best.params, metrics)
+    return best, metrics
+
+
+def _adapted(controller: KLController, kl: float, config: PPOConfig) -> KLController:
+    """The controller after an iteration whose responses lay `kl` nats from the reference."""
+    if config.kl_target is None:
+        return controller
+    return adapt_kl(
+        controller,
+        torch.tensor(kl),
+        target=config.kl_target,
+        horizon=config.kl_horizon,
+        n_steps=config.batch_size,
+    )

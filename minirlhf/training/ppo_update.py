@@ -1,0 +1,178 @@
+"""The learning half of a PPO iteration: two losses, and the epochs of minibatches that descend them.
+
+A loss here is what `training.update` asks for: the sum over a micro-batch divided by the token count of the
+whole minibatch, so that micro-batches add up to exactly the minibatch's token mean.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.kernels.logprob import token_logp_and_entropy
+from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.objectives.divergence import kl_k2, kl_k3
+from minirlhf.objectives.masked import scaled_sum
+from minirlhf.objectives.policy import clip_indicator, clipped_surrogate_loss, log_ratio, ratio
+from minirlhf.objectives.value import clipped_value_loss, value_loss
+from minirlhf.training.experience import Experience, take_rows, value_of
+from minirlhf.training.guards import check_first_minibatch, tolerance_for
+from minirlhf.training.ppo_config import PPOConfig
+from minirlhf.training.update import Loss, TrainState, adamw, update
+
+
+class Learners(NamedTuple):
+    """The two models that PPO trains, each with its own optimiser state."""
+
+    policy: TrainState
+    critic: TrainState
+
+
+class Minibatch(NamedTuple):
+    """Rows of an experience, cut for memory, and the number of response tokens that all of them hold."""
+
+    micro_batches: list[Experience]
+    tokens: Tensor
+
+
+def policy_loss(model: LanguageModel, config: PPOConfig, *, tolerance: float) -> Loss:
+    """(params, rows, token count) -> clipped surrogate less the entropy bonus, token mean; and its metrics.
+
+    The entropy is the exact one of each tempered law: -log π(token) has zero expected gradient.
+
+    Args:
+        tolerance: nats of |log ratio| above which a token counts as off-policy in `guard/off_policy_tokens`.
+    """
+
+    def loss(params: Params, rows: Experience, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean = partial(scaled_sum, mask=rows.mask, constant=tokens)
+        states = aligned(model.hidden(params, rows.tokens))
+        logp, entropy = token_logp_and_entropy(
+            states, model.unembedding(params), rows.tokens, rows.mask, temperature=config.temperature
+        )
+        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        surrogate = clipped_surrogate_loss(
+            logp, rows.old_logp, rows.advantage, rows.mask, **clip, dual_clip=config.dual_clip
+        )
+        total = mean(surrogate)  # token mean over the minibatch
+        clipped = clip_indicator(logp, rows.old_logp, rows.advantage, rows.mask, **clip)
+        moved = log_ratio(logp, rows.old_logp, rows.mask).abs() > tolerance
+        aux = {
+            "loss/policy_avg": total,
+            "policy/entropy_avg": mean(entropy),
+            "policy/approxkl_avg": mean(kl_k2(logp, rows.old_logp, rows.mask)),
+            "policy/approxkl_k3_avg": mean(kl_k3(rows.old_logp, logp, rows.mask)),
+            "policy/clipfrac_avg": mean(clipped.float()),
+            "val/ratio": mean(ratio(logp, rows.old_logp, rows.mask)),
+            "guard/off_policy_tokens": mean(moved.float()),
+        }
+        if config.entropy_coefficient is not None:
+            total = total - config.entropy_coefficient * mean(entropy)
+        return total, aux
+
+    return loss
+
+
+def critic_loss(model: LanguageModel, config: PPOConfig) -> Loss:
+    """(params, rows, token count) -> coefficient · ½ (V - R)², clipped around the old value, token mean."""
+
+    def loss(params: Params, rows: Experience, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        value = value_of(model, params, rows.tokens, rows.mask)
+        plain = value_loss(value, rows.ret, rows.mask)
+        if config.value_clip is None:
+            element = plain
+        else:
+            element = clipped_value_loss(value, rows.old_value, rows.ret, rows.mask, clip=config.value_clip)
+        mean = partial(scaled_sum, mask=rows.mask, constant=tokens)  # token mean over the minibatch
+        aux = {"loss/value_avg": mean(element), "val/clipfrac_avg": mean((element > plain).float())}
+        return config.value_coefficient * mean(element), aux
+
+    return loss
+
+
+def optimise(
+    model: LanguageModel,
+    learners: Learners,
+    experience: Experience,
+    config: PPOConfig,
+    *,
+    rate: float,
+    generator: torch.Generator,
+) -> tuple[Learners, list[dict[str, float]], bool]:
+    """Epochs of minibatches of policy and critic steps.
+
+    The first minibatch is held to the on-policy identities. When a minibatch's approximate KL exceeds
+    `config.target_kl`, the remaining ones are skipped (its own step, whose gradient is at hand, is taken).
+
+    Args:
+        rate: factor of both learning rates in this iteration.
+        generator: CPU generator of the minibatch order; advanced by one permutation per epoch.
+
+    Returns:
+        The learners, the metrics of each minibatch, and whether the target KL stopped the iteration.
+
+    Raises:
+        GuardError: the first minibatch is off-policy.
+        NonFiniteError: a loss or a gradient is not finite.
+    """
+    tolerance = tolerance_for(learners.policy.params)
+    surrogate = policy_loss(model, config, tolerance=tolerance)
+    history: list[dict[str, float]] = []
+    for minibatch in minibatches(experience, config, generator=generator):
+        policy, policy_metrics = _step(
+            learners.policy, minibatch, surrogate, config, rate * config.learning_rate
+        )
+        if not history:
+            check_first_minibatch(policy_metrics, tolerance=tolerance)
+        critic, critic_metrics = critic_step(model, learners.critic, minibatch, config, rate=rate)
+        learners = Learners(policy, critic)
+        history.append(_named(policy_metrics, "policy") | critic_metrics)
+        if config.target_kl is not None and history[-1]["policy/approxkl_k3_avg"] > config.target_kl:
+            return learners, history, True
+    return learners, history, False
+
+
+def critic_step(
+    model: LanguageModel, critic: TrainState, minibatch: Minibatch, config: PPOConfig, *, rate: float
+) -> tuple[TrainState, dict[str, float]]:
+    """One Adam step on the value loss."""
+    learning_rate = rate * config.critic_learning_rate
+    critic, metrics = _step(critic, minibatch, critic_loss(model, config), config, learning_rate)
+    return critic, _named(metrics, "value")
+
+
+def _step(
+    state: TrainState, minibatch: Minibatch, loss: Loss, config: PPOConfig, learning_rate: float
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """One optimiser step on one minibatch; metrics are token means over all of it."""
+    return update(
+        state,
+        minibatch.micro_batches,
+        minibatch.tokens,
+        loss=loss,
+        optimiser=partial(adamw, eps=config.adam_epsilon),
+        learning_rate=learning_rate,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def minibatches(
+    experience: Experience, config: PPOConfig, *, generator: torch.Generator
+) -> Iterator[Minibatch]:
+    """Each epoch's rows in a fresh random order, every row exactly once per epoch."""
+    rows_in_all = len(experience.tokens)
+    if rows_in_all % config.minibatches:
+        raise ValueError(f"{config.minibatches} minibatches must divide the {rows_in_all} rows of experience")
+    for _ in range(config.epochs):
+        order = torch.randperm(rows_in_all, generator=generator).to(experience.tokens.device)
+        for rows in order.split(rows_in_all // config.minibatches):
+            parts = [take_rows(experience, part) for part in rows.split(config.micro_batch_size)]
+            yield Minibatch(parts, experience.mask[rows].sum())
+
+
+def _named(metrics: dict[str, Tensor], model: str) -> dict[str, float]:
+    """The update's own two metrics under names that say whose they are; `loss` is in the aux already."""
+    own = {"grad_norm": f"{model}/grad_norm_avg"}
+    return {own.get(name, name): float(value) for name, value in metrics.items() if name != "loss"}

@@ -1,0 +1,100 @@
+"""One number per response: a reward model on ids, or any rule, judge or function on text.
+
+A scorer is called with the rollout and the number of each row's prompt, so that a reward on text can find the
+prompt's words and facts without decoding ids (decoding and encoding again is not the identity).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minirlhf.data.records import RewardFn
+from minirlhf.models.checkpoint import Normalisation
+from minirlhf.models.interface import LanguageModel, Params, scalar
+from minirlhf.rollout.sampler import Rollout, responses
+
+Scorer = Callable[[Rollout, Tensor], Tensor]
+"""`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
+
+
+class Decoder(Protocol):
+    """The one thing that a reward on text asks of a tokenizer."""
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """The text of these ids."""
+        ...
+
+
+def reward_model_scorer(
+    model: LanguageModel, params: Params, normalisation: Normalisation, *, micro_batch_size: int = 64
+) -> Scorer:
+    """Our own reward model, on the very ids that were sampled.
+
+        score = (w · h[last] - shift) / scale,   last = lengths - 1
+
+    The head reads the state *after* the last valid token, whether the response is finished or truncated; what
+    stands in the padding is never looked at.
+
+    Args:
+        params: backbone and `score` head.
+        normalisation: (shift, scale) in raw reward units; afterwards SFT rollouts have mean 0, variance 1.
+        micro_batch_size: rows per forward pass; it changes the memory, not the scores.
+    """
+
+    def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
+        del prompt_index  # the prompt is in the ids
+        raw = [
+            raw_score(model, params, tokens[:, : int(lengths.max())], lengths)
+            for tokens, lengths in zip(
+                rollout.tokens.split(micro_batch_size), rollout.lengths.split(micro_batch_size), strict=True
+            )
+        ]
+        return (torch.cat(raw) - normalisation.shift) / normalisation.scale
+
+    return torch.no_grad()(score)
+
+
+def raw_score(model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
+    row = torch.arange(len(tokens), device=tokens.device)
+    return scalar(params, model.hidden(params, tokens)[row, lengths - 1])
+
+
+def text_scorer(
+    reward: RewardFn,
+    tokenizer: Decoder,
+    prompts: Sequence[str],
+    facts: Sequence[Mapping[str, Any] | None],
+) -> Scorer:
+    """Any `RewardFn` as reward; it sees the response as a reader would, without the stop token.
+
+    Args:
+        prompts: the text of every prompt, in the order that prompt_index counts.
+        facts: what is known about each, or None.
+
+    Raises:
+        ValueError: as many facts as prompts were expected; later, a reward of another shape than [B].
+    """
+    if len(prompts) != len(facts):
+        raise ValueError(f"expected one facts entry per prompt, got {len(facts)} for {len(prompts)} prompts")
+
+    def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
+        rows = prompt_index.tolist()
+        texts = [tokenizer.decode(ids) for ids in responses(rollout)]
+        rewards = reward([prompts[row] for row in rows], texts, [facts[row] for row in rows])
+        if rewards.shape != (len(rows),):
+            raise ValueError(f"expected the reward of {len(rows)} responses, got shape {list(rewards.shape)}")
+        return rewards.to(rollout.tokens.device, torch.float32)
+
+    return score
+
+
+def critic_from_reward_model(params: Params, normalisation: Normalisation) -> Params:
+    """A critic's starting point: the reward model with its head in units of the normalised score.
+
+    The shift has no place in a head without bias; the critic learns it, best before the policy moves
+    (`PPOConfig.critic_pretraining`). The backbone is shared with the reward model, not copied.
+    """
+    return {**params, "score": {"weight": params["score"]["weight"] / normalisation.scale}}
