@@ -108,9 +108,7 @@ def generate(
     longest = int(prompt_lengths.max())
     rows_at_once = batch_size or default_batch_size(model, params, longest, max_new_tokens)
     order = prompt_lengths.argsort(descending=True, stable=True)  # the batch that needs most memory first
-    uniform = uniforms(
-        seed, prompt_index.cpu()[:, None], sample_index.cpu()[:, None], torch.arange(max_new_tokens)
-    )
+    uniform = uniforms(seed, prompt_index.cpu(), sample_index.cpu(), torch.arange(max_new_tokens)[:, None])
     sampled = 0
 
     def advance(tokens: int) -> None:
@@ -124,7 +122,14 @@ def generate(
         padded = _right_padded([prompts[row] for row in rows.tolist()]).to(device)
         batches.append(
             _respond(
-                model, params, padded, prompt_lengths[rows].to(device), uniform[rows], law, stop_ids, advance
+                model,
+                params,
+                padded,
+                prompt_lengths[rows].to(device),
+                uniform[:, rows],
+                law,
+                stop_ids,
+                advance,
             )
         )
     return _assemble(prompts, prompt_lengths.to(device), order.to(device), batches)
@@ -163,8 +168,8 @@ def _respond(
     stop_ids: Sequence[int],
     advance: Callable[[int], None],
 ) -> _Responses:
-    """Prefill and decode one batch: prompts [B, P] right-padded, prompt_lengths [B], uniform [B, N]."""
-    batch, limit = uniform.shape
+    """Prefill and decode one batch: prompts [B, P] right-padded, prompt_lengths [B], uniform [N, B]."""
+    limit, batch = uniform.shape
     device = prompts.device
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     unembedding = model.unembedding(params)
@@ -182,7 +187,7 @@ def _respond(
         law_logp = law(logits)
         if t == 0:
             _check_law(law_logp, logits)
-        token, close = _draw(law_logp, uniform[:, t])
+        token, close = _draw(law_logp, uniform[t])
         tokens[t].index_copy_(0, row, token)
         raw = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         logp[t].index_copy_(0, row, raw)
@@ -195,7 +200,7 @@ def _respond(
             reason[row[ended]] = torch.where(token[ended] == stops[0], EOS, STOP)
             slot, cache = _compact_(cache, ended)
             row, token, position = row[slot], token[slot], position[slot]
-            uniform = uniform[slot.to(uniform.device)]
+            uniform = uniform[:, slot.to(uniform.device)]
         if t + 1 == limit or not len(row):
             break
         state = model.extend_(params, token[:, None], position, cache)[:, 0]
