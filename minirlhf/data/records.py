@@ -19,7 +19,7 @@ RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any] | 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A text to imitate: the prompt, then segments, each trained (an answer) or only read (the next question)."""
+    """A text to imitate: the prompt, then segments, each trained (an answer) or only read (a question)."""
 
     prompt: str
     segments: tuple[tuple[str, bool], ...]
@@ -38,7 +38,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to be answered, with the facts by which a judge may score the answer (None: nobody knows them)."""
+    """A prompt to be answered, with the facts by which a judge scores the answer (None: not known)."""
 
     prompt: str
     facts: dict[str, Any] | None
