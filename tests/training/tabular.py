@@ -1,10 +1,11 @@
 """A language that can be enumerated, with a table as its model: oracles for whatever trains a policy.
 
-Vocabulary 0 = EOS, 1 .. V-1; a response ends at its first EOS or after T tokens. A prefix of words w₁ w₂ ... is
+Vocabulary 0 = EOS, 1 .. V-1; a response ends at its first EOS or after T tokens. A prefix of words w₁ w₂ is
 numbered like a heap: the empty one is 0, and k followed by word w is (V-1)·k + w. So is a complete response,
 by its words; EOS is told from the length. The prompt is one token; token 1 + x stands for prompt x.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.rollout.sampler import Rollout
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,20 @@ def table_of(logits: Tensor) -> Params:
 def logits_of(params: Params, w: World) -> Tensor:
     """[X, K, V] back from the table."""
     return params["table"].T[:-1].reshape(w.ref_logits.shape).double()
+
+
+def gold_scorer(w: World) -> Callable[[Rollout, Tensor], Tensor]:
+    """The gold reward of each sampled response, looked up in the list of all responses."""
+    number = {tuple(response): i for i, response in enumerate(w.responses)}
+
+    def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
+        rows = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True)
+        index = [number[tuple(tokens[start:end].tolist())] for tokens, start, end in rows]
+        return w.gold[prompt_index, index].float()
+
+    return score
+
+
+def zero_critic(w: World) -> Params:
+    """V = 0 in every state."""
+    return {"score": {"weight": torch.zeros(1, w.config.states)}}
