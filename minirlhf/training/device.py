@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
 
 Tree = TypeVar("Tree")
@@ -40,3 +41,8 @@ def resolve(name: str) -> torch.device:
 def move(tree: Tree, device: torch.device) -> Tree:
     """The same nested dict, list or NamedTuple, its tensors on `device` (copied unless already there)."""
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def device_of(params: Params) -> torch.device:
+    """Where these parameters live; all of them live there."""
+    return pytree.tree_leaves(params)[0].device

@@ -50,12 +50,12 @@ class NonFiniteError(ArithmeticError):
     """A loss or a gradient was NaN or infinite; the parameters are still those of the step before.
 
     Attributes:
-        step: optimiser steps completed before the one that failed.
+        step: the optimiser step that failed, counted from 1 (0: before the first).
         what: what was not finite.
     """
 
     def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"step {step + 1}: not finite: {what}")
+        super().__init__(f"step {step}: not finite: {what}")
         self.step = step
         self.what = what
 
@@ -172,7 +172,7 @@ def update(
     norm = torch.linalg.vector_norm(norms)
     loss_now, norm_now = torch.stack([value.detach().to(norm.dtype), norm]).tolist()  # a step's only read
     if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
-        raise NonFiniteError(state.step, _blame(loss_now, norms, grads))
+        raise NonFiniteError(state.step + 1, _blame(loss_now, norms, grads))
     if norm_now > max_grad_norm:
         # Not in place: a gradient may share storage with another, or be an expanded view.
         grads = pytree.tree_unflatten([g * (max_grad_norm / norm_now) for g in leaves], layout)

@@ -1,0 +1,96 @@
+"""How reward model and preference training read pairs: both sides of a pair in one forward pass, then apart.
+
+A set of N pairs is one batch of 2N rows: the chosen ones, then the rejected ones in the same order. A
+micro-batch of b pairs is 2b rows in the same layout. What a loss measures on each pair goes to the pair's own
+slot of the whole batch, so that the contributions of micro-batches add up to the table [B] of the batch, and
+one set of formulas serves a step and the validation set.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.data.batches import validate_pairs
+from minirlhf.data.records import PairExample, Sequences, collate, collate_pairs, take
+from minirlhf.models.interface import LanguageModel
+from minirlhf.runs import InputError
+from minirlhf.training.device import move
+from minirlhf.training.loop import Step, longest_first
+
+
+class PairRows(NamedTuple):
+    """A set of N pairs.
+
+    rows: 2N rows, row i and row N + i are the sides of pair i.
+    extra: [N] tensors that belong to a pair, by name (a margin, the reference's log-probs).
+    """
+
+    rows: Sequences
+    extra: dict[str, Tensor]
+
+
+class PairBatch(NamedTuple):
+    """A micro-batch of b out of a batch of B pairs.
+
+    rows: 2b rows, chosen then rejected.
+    extra: [b] tensors by name.
+    slot: [b] the place of each pair in the batch.
+    size: B.
+    """
+
+    rows: Sequences
+    extra: dict[str, Tensor]
+    slot: Tensor
+    size: int
+
+
+def pair_rows(examples: Sequence[PairExample], *, name: str, model: LanguageModel) -> PairRows:
+    """The pairs as rows, checked.
+
+    Raises:
+        InputError: there is none, or one is unusable (see `data.batches.validate_pairs`).
+    """
+    if not examples:
+        raise InputError(f"expected at least one {name} pair, got none")
+    validate_pairs(collate_pairs(examples), vocab_size=model.config.vocab_size)
+    rows = collate([pair.chosen for pair in examples] + [pair.rejected for pair in examples])
+    return PairRows(rows, {})
+
+
+def pair_lengths(pairs: PairRows) -> Tensor:
+    """[N] tokens of the longer side of each pair."""
+    chosen, rejected = pairs.rows.lengths.chunk(2)
+    return torch.maximum(chosen, rejected)
+
+
+def cut_pairs(pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
+    """The pairs at `index` as micro-batches, each trimmed to its longest row; normalised by pairs."""
+    count, size = len(pairs.rows.lengths) // 2, len(index)
+    micro_batches = [
+        PairBatch(
+            rows=take(pairs.rows, torch.cat([part, part + count])),
+            extra={key: value[part] for key, value in pairs.extra.items()},
+            slot=slot,
+            size=size,
+        )
+        for part, slot in zip(
+            index.split(micro_batch_size), torch.arange(size).split(micro_batch_size), strict=True
+        )
+    ]
+    tokens = int(pairs.rows.lengths[index].sum() + pairs.rows.lengths[index + count].sum())
+    return Step([move(batch, device) for batch in micro_batches], torch.tensor(float(size), device=device), tokens)
+
+
+def cut_all(pairs: PairRows, *, micro_batch_size: int, device: torch.device) -> Step:
+    """All pairs as one batch, longest first."""
+    lengths = pair_lengths(pairs)
+    index = longest_first(lengths, torch.arange(len(lengths)))
+    return cut_pairs(pairs, index, micro_batch_size=micro_batch_size, device=device)
+
+
+def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
+    """Each [b] tensor of values, detached, as [B]: at the slots of these pairs, 0 at all others."""
+    empty = torch.zeros(batch.size, device=batch.slot.device)
+    return {name: empty.index_copy(0, batch.slot, value.detach().float()) for name, value in values.items()}

@@ -1,0 +1,87 @@
+"""What a running stage shows: a bar on a terminal, now and then a plain line elsewhere; both on stderr."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Advance(Protocol):
+    """Tells the display that one more step is done."""
+
+    def __call__(self, tokens: int, metrics: Mapping[str, float] | None = None) -> None:
+        """`tokens` were read in this step; `metrics` replace those shown, None leaves them."""
+        ...
+
+
+@contextmanager
+def progress(
+    title: str, total: int, *, console: Console | None = None, plain_every: float = 10.0
+) -> Iterator[Advance]:
+    """A display of `total` steps: done, rate in tokens/s, time left, key metrics.
+
+    Args:
+        title: the stage's name.
+        total: steps; the stage may stop earlier.
+        console: where to write; stderr by default, so that stdout holds results only.
+        plain_every: seconds between two lines where there is no terminal; the first and last step always show.
+    """
+    console = console or Console(stderr=True)
+    meter = _Meter(title, total)
+    if not console.is_terminal:
+        yield _plain(meter, console, plain_every)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def advance(tokens: int, metrics: Mapping[str, float] | None = None) -> None:
+            meter.count(tokens, metrics)
+            bar.update(task, advance=1, text=meter.text())
+
+        yield advance
+
+
+def _plain(meter: "_Meter", console: Console, plain_every: float) -> Advance:
+    said = -plain_every
+
+    def advance(tokens: int, metrics: Mapping[str, float] | None = None) -> None:
+        nonlocal said
+        meter.count(tokens, metrics)
+        due = meter.seconds() - said >= plain_every and meter.metrics
+        if due or meter.done == meter.total:
+            said = meter.seconds()
+            console.print(f"{meter.title} {meter.text()}", highlight=False, markup=False, soft_wrap=True)
+
+    return advance
+
+
+class _Meter:
+    """Counts steps and tokens since it was made; only the display that made it writes to it."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.start = time.perf_counter()
+        self.done = 0
+        self.tokens = 0
+        self.metrics: dict[str, float] = {}
+
+    def count(self, tokens: int, metrics: Mapping[str, float] | None) -> None:
+        self.done += 1
+        self.tokens += tokens
+        if metrics is not None:
+            self.metrics = dict(metrics)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def text(self) -> str:
+        spent = max(self.seconds(), 1e-9)
+        left = int(spent / self.done * (self.total - self.done))
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return f"{self.done}/{self.total}  {self.tokens / spent:,.0f} tokens/s  ETA {clock}  {shown}".rstrip()

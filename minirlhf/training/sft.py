@@ -1,0 +1,132 @@
+"""Supervised fine-tuning: imitate the demonstrations, the prompt read but not trained.
+
+    loss = -(1/N) Σ log π(yₜ | x, y₍<t₎)      over the N trained tokens of the batch: a token mean
+
+Ouyang et al. 2022, "Training language models to follow instructions", section 3.5 (arXiv:2203.02155). Metrics
+carry the names of TRL's SFTTrainer: loss, mean_token_accuracy, entropy (nats) and eval_*, all token means over
+the trained tokens; grad_norm, learning_rate, and num_tokens (read so far, prompts included).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf.data.batches import validate
+from minirlhf.data.records import Example, Sequences, collate, take
+from minirlhf.kernels.logprob import token_logp_and_entropy
+from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.objectives.masked import token_sum
+from minirlhf.objectives.supervised import token_loss
+from minirlhf.runs import InputError
+from minirlhf.training.device import device_of, move
+from minirlhf.training.loop import (
+    Evaluate,
+    Keep,
+    Log,
+    Stage,
+    StageResult,
+    Step,
+    TrainConfig,
+    longest_first,
+    train_loop,
+)
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning; the defaults are usual for models of 100 M parameters and more."""
+
+    learning_rate: float = 2e-5
+    """Peak step size of AdamW. A model of 1 M parameters wants about 1e-3."""
+    epochs: int = 3
+    """Passes over the demonstrations."""
+
+
+def train(
+    model: LanguageModel,
+    params: Params,
+    train_examples: Sequence[Example],
+    validation_examples: Sequence[Example],
+    config: SFTConfig,
+    *,
+    generator: torch.Generator,
+    evaluate: Evaluate | None = None,
+    log: Log | None = None,
+    keep: Keep | None = None,
+) -> StageResult:
+    """Fine-tunes a copy of `params`; the best checkpoint has the lowest validation loss unless told otherwise.
+
+    Args:
+        model: the family and its config.
+        params: on the device to train on; not written to.
+        train_examples: demonstrations; their masks say what is trained.
+        validation_examples: held-out ones.
+        config: see `SFTConfig`.
+        generator: order of the data; advanced.
+        evaluate: further metrics of a policy at each evaluation, such as a win rate.
+        log: see `loop.Log`.
+        keep: see `loop.Keep`.
+
+    Raises:
+        InputError: a set is empty, or an example is unusable (see `data.batches.validate`).
+        NonFiniteError: a loss or gradient was not finite.
+    """
+    device = device_of(params)
+    rows = _rows(train_examples, "training", model)
+    held_out = _rows(validation_examples, "validation", model)
+    stage = Stage(
+        name="sft",
+        loss=partial(loss, model=model),
+        lengths=rows.lengths,
+        cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),
+        validation=cut(
+            held_out,
+            longest_first(held_out.lengths, torch.arange(len(held_out.lengths))),
+            micro_batch_size=config.micro_batch_size,
+            device=device,
+        ),
+        metrics=dict,
+        shown=("loss", "mean_token_accuracy"),
+    )
+    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+
+
+def loss(
+    params: Params, batch: Sequences, normaliser: Tensor, *, model: LanguageModel
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's share of the token-mean loss, accuracy and entropy.
+
+    Args:
+        params: what is differentiated.
+        batch: rows; only tokens under the mask are trained.
+        normaliser: [] trained tokens of the whole batch.
+        model: the family and its config.
+    """
+    states, unembedding = aligned(model.hidden(params, batch.tokens)), model.unembedding(params)
+    logp, entropy = token_logp_and_entropy(states, unembedding, batch.tokens, batch.mask)
+    right = _argmax_is_token(states.detach(), unembedding.detach(), batch)
+    return token_sum(token_loss(logp, batch.mask), batch.mask) / normaliser, {
+        "mean_token_accuracy": right.sum() / normaliser,
+        "entropy": token_sum(entropy.detach(), batch.mask) / normaliser,
+    }
+
+
+def cut(rows: Sequences, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
+    """The rows at `index` as micro-batches, each trimmed to its longest row; normalised by trained tokens."""
+    micro_batches = [move(take(rows, part), device) for part in index.split(micro_batch_size)]
+    trained = rows.mask[index].sum().to(device, torch.float32)
+    return Step(micro_batches, trained, int(rows.lengths[index].sum()))
+
+
+def _argmax_is_token(states: Tensor, unembedding: Tensor, batch: Sequences) -> Tensor:
+    """[number of trained tokens] bool: is the token the most probable one?"""
+    return (states[batch.mask] @ unembedding.T).argmax(-1) == batch.tokens[batch.mask]
+
+
+def _rows(examples: Sequence[Example], name: str, model: LanguageModel) -> Sequences:
+    if not examples:
+        raise InputError(f"sft: expected at least one {name} example, got none")
+    return validate(collate(examples), vocab_size=model.config.vocab_size)
