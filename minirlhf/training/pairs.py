@@ -80,7 +80,9 @@ def cut_pairs(pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: 
         )
     ]
     tokens = int(pairs.rows.lengths[index].sum() + pairs.rows.lengths[index + count].sum())
-    return Step([move(batch, device) for batch in micro_batches], torch.tensor(float(size), device=device), tokens)
+    return Step(
+        [move(batch, device) for batch in micro_batches], torch.tensor(float(size), device=device), tokens
+    )
 
 
 def cut_all(pairs: PairRows, *, micro_batch_size: int, device: torch.device) -> Step:

@@ -3,8 +3,8 @@
     loss = -(1/N) Σ log π(yₜ | x, y₍<t₎)      over the N trained tokens of the batch: a token mean
 
 Ouyang et al. 2022, "Training language models to follow instructions", section 3.5 (arXiv:2203.02155). Metrics
-carry the names of TRL's SFTTrainer: loss, mean_token_accuracy, entropy (nats) and eval_*, all token means over
-the trained tokens; grad_norm, learning_rate, and num_tokens (read so far, prompts included).
+carry the names of TRL's SFTTrainer: loss, mean_token_accuracy, entropy (nats) and eval_*, all means over the
+trained tokens; grad_norm, learning_rate, and num_tokens (read so far, prompts included).
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def train(
     log: Log | None = None,
     keep: Keep | None = None,
 ) -> StageResult:
-    """Fine-tunes a copy of `params`; the best checkpoint has the lowest validation loss unless told otherwise.
+    """Fine-tunes a copy of `params`; the best checkpoint has the lowest eval_loss unless told otherwise.
 
     Args:
         model: the family and its config.
