@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.divergence import KLController, adapt_kl
+from minirlhf.runs import InputError
 from minirlhf.training.experience import Sampled
-from minirlhf.training.loop import StageResult
+from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
 from minirlhf.training.ppo_sampling import sample, seeded
@@ -51,16 +52,8 @@ class Iteration(NamedTuple):
     """One iteration's outcome: the next state, its metrics (see ppo_metrics.METRICS), and what it sampled."""
 
     state: PPOState
-    metrics: dict[str, float]
+    metrics: Metrics
     sampled: Sampled
-
-
-class Best(NamedTuple):
-    """A policy worth keeping: its parameters (a copy), its iteration, and the metrics that say so."""
-
-    params: Params
-    step: int
-    metrics: dict[str, float]
 
 
 class Task(NamedTuple):
@@ -138,10 +131,9 @@ def train(
     *,
     seed: int,
     stop_ids: Sequence[int] | None = None,
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
-    criterion: str = "validation/objective",
-    keep: Callable[[Params, dict[str, float]], None] | None = None,
-    log: Callable[[int, dict[str, float]], None] | None = None,
+    evaluate: Evaluate | None = None,
+    keep: Keep | None = None,
+    log: Log | None = None,
     show: Callable[[int, Sampled], None] | None = None,
 ) -> StageResult:
     """The stage: critic pretraining, then iterations at a linearly falling rate, the best policy kept.
@@ -154,26 +146,25 @@ def train(
         seed: of prompts, uniforms and minibatch orders.
         stop_ids: tokens that end a response, the first is EOS; by default the model's EOS alone.
         evaluate: called on the first policy, every config.evaluate_every iterations, and on the last one;
-            `ppo_sampling.objective_on` makes the default criterion.
-        criterion: the evaluation metric (higher is better) that decides which policy is the best.
-        keep: gets each new best policy and its evaluation metrics.
+            `ppo_sampling.objective_on` gives the default criterion.
+        keep: gets each new best policy, by config.metric_for_best_model, and its evaluation.
         log: gets every iteration's metrics, the evaluation's among them, and its number (0 is before any).
         show: gets each evaluated iteration's number and samples, for a table of them.
 
     Returns:
-        The best policy; without `evaluate`, the last.
+        The best policy and every evaluation; without `evaluate`, the last policy and its metrics.
 
     Raises:
         GuardError, NonFiniteError, InputError: see `iteration`. What `keep` was given stays the best so far.
     """
     stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    _check_prompts(prompts, config, model.config.n_positions)
     task = Task(model, reference, scorer, prompts, stops)
     state = begin(policy, critic, config)
-    history: list[dict[str, float]] = []
-    judge = partial(_judge, evaluate=evaluate, criterion=criterion, keep=keep)
-    best, first = judge(None, 0, state)
-    if log is not None and first:
-        log(0, first)
+    judge = partial(_judge, config=config, evaluate=evaluate, keep=keep)
+    best, metrics = judge(None, state, 0)
+    if log is not None and metrics:
+        log(0, metrics)
     total = config.critic_pretraining + config.iterations
     for number in range(1, total + 1):
         done = number - 1 - config.critic_pretraining
@@ -182,17 +173,14 @@ def train(
         else:
             rate = 1 - (1 - config.final_rate) * done / config.iterations
             state, metrics, sampled = iteration(task, state, config, seed=seed, rate=rate)
-        if done >= 0 and ((done + 1) % config.evaluate_every == 0 or number == total):
-            best, judged = judge(best, number, state)
-            metrics |= judged
+        if number == total or (done >= 0 and (done + 1) % config.evaluate_every == 0):
+            best, evaluation = judge(best, state, number)
+            metrics |= evaluation
             if show is not None:
                 show(number, sampled)
-        history.append(metrics)
         if log is not None:
             log(number, metrics)
-    if best is None:
-        best = Best(state.learners.policy.params, total, history[-1])
-    return StageResult(best.params, best.step, best.metrics, history)
+    return best or StageResult(state.learners.policy.params, total, metrics, [])
 
 
 def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int) -> Iteration:
@@ -236,28 +224,42 @@ def _sampled_metrics(task: Task, state: PPOState, sampled: Sampled) -> dict[str,
 
 
 def _judge(
-    best: Best | None,
-    number: int,
+    best: StageResult | None,
     state: PPOState,
+    number: int,
     *,
-    evaluate: Callable[[Params], dict[str, float]] | None,
-    criterion: str,
-    keep: Callable[[Params, dict[str, float]], None] | None,
-) -> tuple[Best | None, dict[str, float]]:
-    """The best policy so far, the present one included, and what the evaluation found."""
+    config: PPOConfig,
+    evaluate: Evaluate | None,
+    keep: Keep | None,
+) -> tuple[StageResult | None, Metrics]:
+    """The best policy so far, the present one included, and the present one's evaluation."""
     if evaluate is None:
-        return best, {}
-    params = state.learners.policy.params
+        return None, {}
+    params, name = state.learners.policy.params, config.metric_for_best_model
     metrics = evaluate(params)
-    if criterion not in metrics:
-        raise ValueError(f"expected the evaluation to give {criterion!r}, got {sorted(metrics)}")
-    if not math.isfinite(metrics[criterion]):
-        raise NonFiniteError(number, f"{criterion} = {metrics[criterion]}")
-    if best is None or metrics[criterion] > best.metrics[criterion]:
-        best = Best(tree_map(torch.clone, params), number, metrics)
-        if keep is not None:
-            keep(best.params, metrics)
-    return best, metrics
+    if name not in metrics:
+        raise InputError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {name!r}")
+    if not math.isfinite(metrics[name]):
+        raise NonFiniteError(number, f"{name} = {metrics[name]}")
+    history = [*(best.history if best else []), {"step": float(number), **metrics}]
+    if best is not None and not metrics[name] > best.metrics[name]:
+        return best._replace(history=history), metrics
+    copy = tree_map(torch.clone, params)  # the optimiser goes on writing into its own
+    if keep is not None:
+        keep(copy, metrics)
+    return StageResult(copy, number, metrics, history), metrics
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], config: PPOConfig, context: int) -> None:
+    """All of them before the first iteration: none may stop the run in its middle."""
+    if not prompts:
+        raise InputError("no prompts to train on")
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= context - config.max_response:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens; expected 1 to {context - config.max_response}, "
+                f"since the context is {context} and max_response {config.max_response}"
+            )
 
 
 def _adapted(controller: KLController, kl: float, config: PPOConfig) -> KLController:

@@ -74,6 +74,9 @@ class PPOConfig:
     """Iterations before the first one in which only the critic learns, from rollouts of the given policy."""
     evaluate_every: int = 50
     """Iterations between evaluations; the first and the last policy are always evaluated."""
+    metric_for_best_model: str = "validation/objective"
+    """Evaluation metric, higher is better, by which a policy is the best; the default is what PPO maximises:
+    score - kl_coefficient · KL on validation prompts."""
 
     def __post_init__(self) -> None:
         counts = ("iterations", "batch_size", "epochs", "minibatches", "micro_batch_size", "max_response")
