@@ -6,6 +6,7 @@ grouped by prompt length inside and come back in the order they were given.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.rollout.draw import check_law, inverse_cdf
 from minirlhf.rollout.philox import uniforms
 from minirlhf.runs import InputError
 
@@ -21,9 +23,6 @@ Law = Callable[[Tensor], Tensor]
 
 EOS, STOP, LENGTH = 0, 1, 2
 """Why a response ended, in `Rollout.stop_reason`: the first stop id, another stop id, the length limit."""
-
-BOUNDARY = 1e-5
-"""A draw this close to a boundary of its law may fall on the other side under another batch size."""
 
 _MEMORY_BUDGET = 2**30  # bytes that the default batch size may spend on cache and workspace
 _LARGEST_DEFAULT_BATCH = 512  # measured on 2 cores: larger batches sample no faster
@@ -52,7 +51,10 @@ class Rollout(NamedTuple):
 
 
 class _Responses(NamedTuple):
-    """What decoding one batch gives: [B, N] tokens and log-probs, [B] lengths and reasons, [] near draws."""
+    """What one batch gives, written step by step; time first, so that a step writes one line.
+
+    tokens, logp, sampled_logp: [N, B]; new_tokens, stop_reason: int64 [B]; boundary_draws: int64 [].
+    """
 
     tokens: Tensor
     logp: Tensor
@@ -108,7 +110,9 @@ def generate(
     longest = int(prompt_lengths.max())
     rows_at_once = batch_size or default_batch_size(model, params, longest, max_new_tokens)
     order = prompt_lengths.argsort(descending=True, stable=True)  # the batch that needs most memory first
-    uniform = uniforms(seed, prompt_index.cpu(), sample_index.cpu(), torch.arange(max_new_tokens)[:, None])
+    batches = order.split(rows_at_once)
+    step = torch.arange(max_new_tokens)[:, None]  # uniforms [N, B], all drawn before any work
+    drawn = [uniforms(seed, prompt_index.cpu()[rows], sample_index.cpu()[rows], step) for rows in batches]
     sampled = 0
 
     def advance(tokens: int) -> None:
@@ -117,22 +121,12 @@ def generate(
         if progress is not None:
             progress(sampled)
 
-    batches = []
-    for rows in order.split(rows_at_once):
-        padded = _right_padded([prompts[row] for row in rows.tolist()]).to(device)
-        batches.append(
-            _respond(
-                model,
-                params,
-                padded,
-                prompt_lengths[rows].to(device),
-                uniform[:, rows],
-                law,
-                stop_ids,
-                advance,
-            )
-        )
-    return _assemble(prompts, prompt_lengths.to(device), order.to(device), batches)
+    decode = partial(_respond, model, params, law=law, stop_ids=stop_ids, advance=advance)
+    answers = []
+    for rows, uniform in zip(batches, drawn, strict=True):
+        padded = _right_padded([prompts[row] for row in rows.tolist()])
+        answers.append(decode(padded.to(device), prompt_lengths[rows].to(device), uniform))
+    return _assemble(prompts, prompt_lengths.to(device), order.to(device), answers)
 
 
 def response_mask(rollout: Rollout) -> Tensor:
@@ -164,6 +158,7 @@ def _respond(
     prompts: Tensor,
     prompt_lengths: Tensor,
     uniform: Tensor,
+    *,
     law: Law,
     stop_ids: Sequence[int],
     advance: Callable[[int], None],
@@ -175,29 +170,22 @@ def _respond(
     unembedding = model.unembedding(params)
     cache = model.new_cache(params, batch, prompts.shape[1] + limit - 1)  # the last token is never read
     hidden = model.extend_(params, prompts, torch.zeros_like(prompt_lengths), cache)
-    row, position = torch.arange(batch, device=device), prompt_lengths
+    row, position = torch.arange(batch, device=device), prompt_lengths  # of what each slot holds
     state = hidden[row, prompt_lengths - 1]
-    tokens = torch.zeros(limit, batch, dtype=torch.int64, device=device)  # time first: a step writes one line
-    logp, sampled_logp = torch.zeros(2, limit, batch, device=device)
-    count = torch.full((batch,), limit, device=device)
-    reason = torch.full((batch,), LENGTH, device=device)
-    near = torch.zeros((), dtype=torch.int64, device=device)
+    out = _blank(limit, batch, device)
     for t in range(limit):
         logits = (state @ unembedding.T).float()
         law_logp = law(logits)
         if t == 0:
-            _check_law(law_logp, logits)
-        token, close = _draw(law_logp, uniform[t])
-        tokens[t].index_copy_(0, row, token)
-        raw = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-        logp[t].index_copy_(0, row, raw)
-        sampled_logp[t].index_copy_(0, row, law_logp.gather(1, token[:, None])[:, 0].float())
-        near += close.sum()
-        advance(len(token))
+            check_law(law_logp, logits)
+        token, near_boundary = inverse_cdf(law_logp, uniform[t])
         ended = torch.isin(token, stops)
+        _record_(out, t, row, token, logits=logits, law_logp=law_logp)
+        out.boundary_draws.add_(near_boundary.sum())
+        advance(len(token))
         if ended.any():
-            count[row[ended]] = t + 1
-            reason[row[ended]] = torch.where(token[ended] == stops[0], EOS, STOP)
+            out.new_tokens[row[ended]] = t + 1
+            out.stop_reason[row[ended]] = torch.where(token[ended] == stops[0], EOS, STOP)
             slot, cache = _compact_(cache, ended)
             row, token, position = row[slot], token[slot], position[slot]
             uniform = uniform[:, slot.to(uniform.device)]
@@ -205,32 +193,28 @@ def _respond(
             break
         state = model.extend_(params, token[:, None], position, cache)[:, 0]
         position = position + 1
-    return _Responses(tokens.T, logp.T, sampled_logp.T, count, reason, near)
+    return out
 
 
-def _draw(law_logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF: the token whose interval [F(v - 1), F(v)) holds the uniform, and whether it was close.
+def _blank(limit: int, batch: int, device: torch.device) -> _Responses:
+    """Responses before the first step; a row that no stop id ends keeps the length limit."""
+    return _Responses(
+        tokens=torch.zeros(limit, batch, dtype=torch.int64, device=device),
+        logp=torch.zeros(limit, batch, device=device),
+        sampled_logp=torch.zeros(limit, batch, device=device),
+        new_tokens=torch.full((batch,), limit, device=device),
+        stop_reason=torch.full((batch,), LENGTH, device=device),
+        boundary_draws=torch.zeros((), dtype=torch.int64, device=device),
+    )
 
-    Args:
-        law_logp: [B, V] normalised log-probabilities; uniform: fp64 [B] in [0, 1).
 
-    Returns:
-        int64 [B] tokens, never one of probability 0; bool [B], True within 1e-5 of another token's interval.
-    """
-    device = law_logp.device
-    if device.type == "mps":  # no fp64 there
-        law_logp = law_logp.cpu()
-    uniform = uniform.to(law_logp.device)[:, None]
-    cumulative = law_logp.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:].contiguous()  # searchsorted warns of a strided one
-    last = torch.searchsorted(
-        cumulative, total
-    )  # the last token with mass: rounding may leave total < uniform
-    token = torch.minimum(torch.searchsorted(cumulative, uniform, right=True), last)
-    upper = cumulative.gather(1, token)
-    lower = torch.where(token > 0, cumulative.gather(1, (token - 1).clamp(min=0)), 0.0)
-    close = ((uniform - lower < BOUNDARY) & (lower > 0)) | ((upper - uniform < BOUNDARY) & (token < last))
-    return token[:, 0].to(device), close[:, 0].to(device)
+def _record_(
+    out: _Responses, t: int, row: Tensor, token: Tensor, *, logits: Tensor, law_logp: Tensor
+) -> None:
+    """Writes the tokens of step t and their log-probs under the raw model and under the law."""
+    out.tokens[t].index_copy_(0, row, token)
+    for line, logp in ((out.logp[t], logits.log_softmax(-1)), (out.sampled_logp[t], law_logp.float())):
+        line.index_copy_(0, row, logp.gather(1, token[:, None])[:, 0])
 
 
 def _compact_(cache: Cache, ended: Tensor) -> tuple[Tensor, Cache]:
@@ -255,25 +239,23 @@ def _assemble(
 ) -> Rollout:
     """Join the batches, undo the sorting and put each response behind its prompt."""
     back = order.argsort()
-    joined = [torch.cat([batch[field] for batch in batches])[back] for field in range(5)]
-    tokens, logp, sampled_logp, count, stop_reason = joined
-    padded = _right_padded(prompts).to(order.device)
-    lengths = prompt_lengths + count
-    limit = tokens.shape[1]
+    lengths = prompt_lengths + torch.cat([batch.new_tokens for batch in batches])[back]
+    limit = len(batches[0].tokens)
     column = prompt_lengths[:, None] + torch.arange(limit, device=order.device)
+    padded = _right_padded(prompts).to(order.device)
+    nothing = torch.zeros(padded.shape, device=order.device)
 
-    def behind_prompt(values: Tensor, start: Tensor) -> Tensor:
+    def behind_prompt(parts: list[Tensor], start: Tensor) -> Tensor:  # [N, b] each -> [B, T]
         wide = torch.cat([start, start.new_zeros(len(start), limit)], dim=1)
-        return wide.scatter(1, column, values)[:, : int(lengths.max())]
+        return wide.scatter(1, column, torch.cat(parts, dim=1).T[back])[:, : int(lengths.max())]
 
-    blank = torch.zeros(padded.shape, device=order.device)
     return Rollout(
-        tokens=behind_prompt(tokens, padded),
+        tokens=behind_prompt([batch.tokens for batch in batches], padded),
         prompt_lengths=prompt_lengths,
         lengths=lengths,
-        logp=behind_prompt(logp, blank),
-        sampled_logp=behind_prompt(sampled_logp, blank),
-        stop_reason=stop_reason,
+        logp=behind_prompt([batch.logp for batch in batches], nothing),
+        sampled_logp=behind_prompt([batch.sampled_logp for batch in batches], nothing),
+        stop_reason=torch.cat([batch.stop_reason for batch in batches])[back],
         boundary_draws=torch.stack([batch.boundary_draws for batch in batches]).sum(),
     )
 
@@ -306,14 +288,3 @@ def _check_prompts(
                 f"prompt {number} has ids {min(prompt)} .. {max(prompt)}, "
                 f"outside the vocabulary of {vocabulary}"
             )
-
-
-def _check_law(law_logp: Tensor, logits: Tensor) -> None:
-    """Once per batch, on its first step: a law that is no law would bias every draw silently."""
-    if law_logp.shape != logits.shape:
-        raise ValueError(f"law must keep the shape {list(logits.shape)}, got {list(law_logp.shape)}")
-    excess = law_logp.float().logsumexp(-1).abs().max()
-    if not excess < 1e-4:  # also refuses NaN
-        raise ValueError(
-            f"law must be normalised log-probabilities; its logsumexp is off by {float(excess):.3g}"
-        )
