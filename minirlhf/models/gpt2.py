@@ -1,22 +1,33 @@
 """GPT-2 from scratch: pure functions of (params, config).
 
-Radford et al. 2019. The parameters keep the checkpoint's names and its [in, out] weights, so loading
-transposes nothing. Must match transformers' GPT2LMHeadModel to rounding (tests/models).
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The parameters keep the
+checkpoint's names and its [in, out] weights, so loading transposes nothing. Logits, greedy continuations and
+directories agree with transformers' GPT2LMHeadModel (tests/models). There is no dropout: the same tokens give
+the same states, as every comparison of log-probs needs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.runs import InputError
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2, under the names of its `config.json`."""
+    """Shape of a GPT-2, under the names of its `config.json`.
+
+    n_positions: the longest sequence, prompt and response together, in tokens.
+    n_inner: width of the feed-forward layer; None means 4 n_embd.
+    initializer_range: σ of fresh weights.
+    eos_token_id: the token that ends a response.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -26,15 +37,30 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     eos_token_id: int = 50256
+    n_inner: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if not (_is_int(value) and value > 0 or name == "n_inner" and value is None):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 < value < float("inf")):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not (_is_int(self.eos_token_id) and self.eos_token_id >= 0):
+            raise ValueError(f"eos_token_id must be one token id, got {self.eos_token_id!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
 
 
 def init_params(generator: torch.Generator, *, config: GPT2Config) -> Params:
-    """Fresh parameters by the GPT-2 recipe: N(0, σ²), residual projections scaled by 1/√(2 n_layer)."""
-    width, std = config.n_embd, config.initializer_range
+    """Fresh fp32 parameters by the GPT-2 recipe: weights N(0, σ²), biases 0, norms 1.
+
+    The 2 n_layer projections that add to the residual stream have σ / √(2 n_layer) instead (Radford et al.
+    2019, section 2.3), so that the stream's variance does not grow with depth.
+    """
+    width, inner, std = config.n_embd, config.n_inner or 4 * config.n_embd, config.initializer_range
     residual_std = std / (2 * config.n_layer) ** 0.5
 
     def normal(*shape: int, scale: float) -> Tensor:
@@ -51,7 +77,7 @@ def init_params(generator: torch.Generator, *, config: GPT2Config) -> Params:
             "ln_1": norm(),
             "attn": {"c_attn": linear(width, 3 * width), "c_proj": linear(width, width, residual_std)},
             "ln_2": norm(),
-            "mlp": {"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width, residual_std)},
+            "mlp": {"c_fc": linear(width, inner), "c_proj": linear(inner, width, residual_std)},
         }
 
     return {
@@ -91,9 +117,12 @@ def hidden(params: Params, tokens: Tensor, *, config: GPT2Config) -> Tensor:
     """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
 
     Attention is causal, so right padding reaches no valid position and needs no mask.
+
+    Raises:
+        ValueError: T exceeds the context. Nothing is cropped.
     """
     _check_fits(tokens.shape[1], config)
-    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][: tokens.shape[1]]
+    x = F.embedding(tokens, params["wte"]["weight"]) + params["wpe"]["weight"][: tokens.shape[1]]
     for block in params["h"]:
         q, k, v = _heads(block["attn"], _norm(block["ln_1"], x, config), config)
         x = x + _merge(block["attn"], F.scaled_dot_product_attention(q, k, v, is_causal=True))
@@ -107,7 +136,11 @@ def unembedding(params: Params) -> Tensor:
 
 
 def new_cache(params: Params, batch: int, capacity: int, *, config: GPT2Config) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` tokens, in the parameters' dtype and device."""
+    """An empty cache for `batch` rows of at most `capacity` tokens, in the parameters' dtype and device.
+
+    Raises:
+        ValueError: the capacity exceeds the context.
+    """
     _check_fits(capacity, config)
     shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
     like = params["wte"]["weight"]
@@ -121,14 +154,20 @@ def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, conf
     """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
 
     Writes keys and values of row b into slots start[b] .. start[b] + T - 1. Token i of row b attends to
-    slots 0 .. start[b] + i, so rows of unequal length share a batch without left padding.
+    slots 0 .. start[b] + i, so rows of unequal length share a batch without left padding. A row that is
+    shorter than T within the chunk leaves garbage behind its end, which its next call overwrites.
+
+    Raises:
+        ValueError: a row would grow past the cache's capacity; nothing was written.
     """
     batch, time = tokens.shape
     positions = start[:, None] + torch.arange(time, device=tokens.device)  # [B, T]
-    end = int(positions.max()) + 1
+    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
+    if end > capacity:
+        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
     rows = torch.arange(batch, device=tokens.device)[:, None]
     visible = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, S]
-    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
+    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
     for block, keys, values in zip(params["h"], cache.keys, cache.values, strict=True):
         q, k, v = _heads(block["attn"], _norm(block["ln_1"], x, config), config)
         keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H, Dh], advanced indices first
@@ -151,6 +190,59 @@ def bind(config: GPT2Config) -> LanguageModel:
     )
 
 
+# What this page computes, for the options of `config.json` that would change it. gelu_pytorch_tanh is
+# another name of gelu_new. Dropout probabilities are accepted and not applied.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def from_huggingface(entries: Mapping[str, Any]) -> GPT2Config:
+    """The config that a GPT-2 `config.json` describes; absent entries have the values of GPT-2 small.
+
+    Entries that change nothing here (dropout, `use_cache`, `summary_*`, ...) are passed over.
+
+    Raises:
+        InputError: an option asks for what this page does not compute, or a size is impossible.
+
+    >>> from_huggingface({"n_embd": 64, "n_head": 4, "n_ctx": 32, "resid_pdrop": 0.1}).n_positions
+    32
+    """
+    for option, supported in _SUPPORTED.items():
+        value = entries.get(option, supported[0])
+        if value not in supported:
+            names = " or ".join(repr(each) for each in supported)
+            raise InputError(f"unsupported option {option} = {value!r}; gpt2 supports {names}")
+    known = {field.name: entries[field.name] for field in fields(GPT2Config) if field.name in entries}
+    if "n_ctx" in entries:  # the old name, which transformers ignores beside the new one
+        known.setdefault("n_positions", entries["n_ctx"])
+    try:
+        return GPT2Config(**known)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def to_huggingface(config: GPT2Config) -> dict[str, Any]:
+    """The entries of `config.json`, with dropout 0 since the parameters were trained without."""
+    options = {option: supported[0] for option, supported in _SUPPORTED.items()}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    names = {"model_type": "gpt2", "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id}
+    return names | asdict(config) | options | dropout
+
+
 def _check_fits(length: int, config: GPT2Config) -> None:
     if length > config.n_positions:
         raise ValueError(f"sequence of {length} tokens exceeds the context of {config.n_positions}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Any]
-"""Nested dicts and lists of tensors, with the checkpoint's names: `params["h"][3]["attn"]["c_attn"]["weight"]`."""
+"""Nested dicts and lists of tensors with the checkpoint's names: `params["h"][3]["attn"]["c_attn"]["weight"]`."""
 
 
 class Cache(NamedTuple):
@@ -33,9 +33,11 @@ class LanguageModel(NamedTuple):
     init: generator -> fresh parameters.
     hidden: (params, tokens [B, T]) -> [B, T, D], final norm applied. Causal: right padding changes nothing.
     unembedding: params -> [V, D].
-    new_cache: (batch, capacity) -> Cache on the device and in the dtype of the parameters it is given.
+    new_cache: (params, batch, capacity) -> Cache on the device and in the dtype of the parameters.
     extend_: (params, tokens [B, T], start [B], cache) -> hidden [B, T, D]; writes the cache at
         start[b] .. start[b] + T - 1 of row b and attends to all of row b before.
+
+    What is longer than the context or the cache is a ValueError, never cropped.
     """
 
     config: Any
@@ -64,7 +66,8 @@ def aligned(hidden: Tensor) -> Tensor:
 def with_scalar_head(params: Params, *, generator: torch.Generator) -> Params:
     """The same backbone (shared, not copied) with a fresh scalar head: score.weight [1, D] ~ N(0, 1/(D+1)).
 
-    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), appendix B.
+    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), appendix B: on the final norm's output, of
+    unit variance per entry, the first scores have a variance near 1.
     """
     reference = params["wte"]["weight"]
     width = reference.shape[-1]
@@ -73,5 +76,10 @@ def with_scalar_head(params: Params, *, generator: torch.Generator) -> Params:
 
 
 def scalar(params: Params, hidden: Tensor) -> Tensor:
-    """Score of every state: hidden [..., D] -> [...], in fp32 (a reward or a value, in reward units)."""
-    return hidden.float() @ params["score"]["weight"][0].float()
+    """Score of every state, hidden · score: [..., D] -> [...], a raw reward or a value.
+
+    At least fp32: half-precision states and heads are computed in fp32.
+    """
+    head = params["score"]["weight"][0]
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
+    return hidden.to(dtype) @ head.to(dtype)
