@@ -6,7 +6,7 @@ slot of the whole batch, so that the contributions of micro-batches add up to th
 one set of formulas serves a step and the validation set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,3 +96,15 @@ def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
     """Each [b] tensor of values, detached, as [B]: at the slots of these pairs, 0 at all others."""
     empty = torch.zeros(batch.size, device=batch.slot.device)
     return {name: empty.index_copy(0, batch.slot, value.detach().float()) for name, value in values.items()}
+
+
+@torch.no_grad()
+def per_row(
+    function: Callable[[Sequences], Tensor], rows: Sequences, *, micro_batch_size: int, device: torch.device
+) -> Tensor:
+    """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in the order given."""
+    lengths = rows.lengths.cpu()
+    order = longest_first(lengths, torch.arange(len(lengths)))
+    parts = [take(rows, part.to(rows.lengths.device)) for part in order.split(micro_batch_size)]
+    found = torch.cat([function(move(part, device)) for part in parts]).cpu()
+    return torch.zeros_like(found).index_copy(0, order, found)

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.data.records import PairExample, Sequences, take
+from minirlhf.data.records import PairExample, Sequences
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import sequence_sum
-from minirlhf.training.device import device_of, move
+from minirlhf.training.device import device_of
 from minirlhf.training.guards import GuardError, tolerance_for
 from minirlhf.training.loop import (
     Evaluate,
@@ -26,7 +26,6 @@ from minirlhf.training.loop import (
     Stage,
     StageResult,
     Step,
-    longest_first,
     measure,
     train_loop,
 )
@@ -48,6 +47,7 @@ from minirlhf.training.pairs import (
     cut_pairs,
     pair_lengths,
     pair_rows,
+    per_row,
     table,
 )
 
@@ -203,15 +203,12 @@ def sequence_logp(model: LanguageModel, params: Params, rows: Sequences) -> Tens
     return sequence_sum(token_logp(states, model.unembedding(params), rows.tokens, rows.mask), rows.mask)
 
 
-@torch.no_grad()
 def reference_logps(
     model: LanguageModel, ref_params: Params, rows: Sequences, *, micro_batch_size: int
 ) -> Tensor:
-    """log π_ref(y|x) [B] of rows, on the CPU; forwarded longest first and returned in the order given."""
-    order = longest_first(rows.lengths, torch.arange(len(rows.lengths)))
-    parts = [move(take(rows, part), device_of(ref_params)) for part in order.split(micro_batch_size)]
-    found = torch.cat([sequence_logp(model, ref_params, part) for part in parts]).cpu()
-    return torch.zeros_like(found).index_copy(0, order, found)
+    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient."""
+    logp = partial(sequence_logp, model, ref_params)
+    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device_of(ref_params))
 
 
 def check_start(
@@ -230,7 +227,8 @@ def check_start(
     gaps = []
     for side in ("chosen", "rejected"):
         reference = torch.cat([batch.extra[f"ref_{side}"] for batch in step.micro_batches])
-        tokens = torch.cat([batch.rows.lengths.chunk(2)[side == "rejected"] for batch in step.micro_batches])
+        masks = [batch.rows.mask.chunk(2)[side == "rejected"] for batch in step.micro_batches]
+        tokens = torch.cat([mask.sum(1) for mask in masks])
         gaps.append((sums[side] - reference).abs() / tokens)  # [B] nats per token
     largest, value = float(torch.cat(gaps).max()), float(sums["loss"])
     if not largest <= tolerance_for(params):  # also refuses NaN
@@ -242,8 +240,8 @@ def check_start(
     wanted = objective.loss_at_reference
     if not abs(value - wanted) <= 1e-2 * max(1.0, wanted):
         raise GuardError(
-            f"{objective.name}: policy and reference agree, so the loss must be {wanted:.6g}, not {value:.6g}. "
-            f"The loss reads its arguments in another order or on another scale than it is given them."
+            f"{objective.name}: policy and reference agree, so the loss must be {wanted:.6g}, not "
+            f"{value:.6g}. The loss reads its arguments in another order or on another scale than they have."
         )
 
 

@@ -27,7 +27,7 @@ def progress(
         title: the stage's name.
         total: steps; the stage may stop earlier.
         console: where to write; stderr by default, so that stdout holds results only.
-        plain_every: seconds between two lines where there is no terminal; the first and last step always show.
+        plain_every: seconds between two lines where there is no terminal; the last step always shows.
     """
     console = console or Console(stderr=True)
     meter = _Meter(title, total)

@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.data.records import PairExample, Sequences, take
+from minirlhf.data.records import PairExample, Sequences
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.preference import bradley_terry_loss
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
-from minirlhf.training.device import device_of, move
+from minirlhf.training.device import device_of
 from minirlhf.training.loop import (
     Evaluate,
     Keep,
@@ -30,10 +30,9 @@ from minirlhf.training.loop import (
     Stage,
     StageResult,
     TrainConfig,
-    longest_first,
     train_loop,
 )
-from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, table
+from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, per_row, table
 from minirlhf.training.rewards import raw_score
 
 
@@ -148,19 +147,19 @@ def metrics(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def scores(model: LanguageModel, params: Params, rows: Sequences, *, micro_batch_size: int = 64) -> Tensor:
-    """Raw rewards [B] of rows, on the CPU; forwarded longest first and returned in the order given."""
-    order = longest_first(rows.lengths, torch.arange(len(rows.lengths), device=rows.lengths.device))
-    parts = [move(take(rows, part), device_of(params)) for part in order.split(micro_batch_size)]
-    found = torch.cat([raw_score(model, params, part.tokens, part.lengths) for part in parts]).cpu()
-    return torch.zeros_like(found).index_copy(0, order.cpu(), found)
+    """Raw rewards [B] of rows, on the CPU, without a gradient."""
+
+    def score(part: Sequences) -> Tensor:
+        return raw_score(model, params, part.tokens, part.lengths)
+
+    return per_row(score, rows, micro_batch_size=micro_batch_size, device=device_of(params))
 
 
 def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) -> Normalisation:
     """Shift and scale by which these rollouts' rewards, normalised, have mean 0 and variance 1.
 
-    The variance divides by N. With rollouts of the SFT policy, a score of 1 is one standard deviation above what SFT says on average.
+    The variance divides by N. With rollouts of SFT, a score of 1 is one standard deviation above its mean.
 
     Raises:
         ValueError: fewer than two rollouts, or all with the same reward.
