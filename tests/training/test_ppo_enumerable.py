@@ -55,7 +55,9 @@ def test_the_world_has_its_published_constants(small: World) -> None:
     assert len(small.responses) == 15
     assert tabular.best_objective(small, beta=1.0) == pytest.approx(1.0619373206795808, rel=1e-12)
     assert tabular.best_objective(small, beta=0.3) == pytest.approx(1.5444693764848674, rel=1e-12)
-    assert tabular.objective(small.ref_logits, small, beta=1.0) == pytest.approx(0.6605679064980368, rel=1e-12)
+    assert tabular.objective(small.ref_logits, small, beta=1.0) == pytest.approx(
+        0.6605679064980368, rel=1e-12
+    )
     standard = tabular.world(vocab_size=4, length=4, prompts=2)
     assert tabular.best_objective(standard, beta=0.3) == pytest.approx(1.4022126332831828, rel=1e-12)
 
@@ -76,7 +78,8 @@ def test_the_table_as_a_model_has_the_log_probs_of_its_enumeration(temperature: 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_ppo_finds_the_optimum_of_the_kl_regularised_objective(small: World, temperature: float) -> None:
-    assert regret_of_ppo(small, replace(CONFIG, temperature=temperature)) <= THRESHOLD
+    config = replace(CONFIG, temperature=temperature, iterations=40 if temperature == 1 else 60)
+    assert regret_of_ppo(small, config) <= THRESHOLD
 
 
 def test_ppo_finds_the_optimum_with_minibatches_micro_batches_and_a_clipped_value(small: World) -> None:

@@ -1,0 +1,165 @@
+"""The on-policy guards fire on what they are for, say what is wrong, and stay silent on honest runs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minirlhf.models.interface import Params
+from minirlhf.objectives.sampling import sampling_law
+from minirlhf.training import ppo, ppo_sampling
+from minirlhf.training.experience import Experience
+from minirlhf.training.guards import GuardError, check_first_minibatch, check_sampler, tolerance_for
+from minirlhf.training.ppo import PPOState
+from tests.training.ppo_setting import CONFIG, CRITIC, MODEL, POLICY, TASK, moved
+
+
+def run(task: ppo.Task = TASK) -> ppo.Iteration:
+    return ppo.iteration(task, ppo.begin(POLICY, CRITIC, CONFIG), CONFIG, seed=3)
+
+
+def test_an_honest_iteration_passes_with_a_measured_gap() -> None:
+    metrics = run().metrics
+    assert 0 <= metrics["guard/sampler_gap"] < 2e-5
+    assert metrics["guard/off_policy_tokens"] == 0
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_a_sampler_at_another_temperature_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ppo_sampling.tempered
+
+    def wrong(logits: Tensor, *, temperature: float) -> Tensor:
+        return right(logits, temperature=temperature * factor)
+
+    monkeypatch.setattr(ppo_sampling, "tempered", wrong)
+    with pytest.raises(GuardError, match="temperature is not the sampler's"):
+        run()
+
+
+def test_a_filtered_sampler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filtered(logits: Tensor, *, temperature: float) -> Tensor:
+        return sampling_law(logits, temperature=temperature, top_k=5)
+
+    monkeypatch.setattr(ppo_sampling, "tempered", filtered)
+    with pytest.raises(GuardError, match="top-k"):
+        run()
+
+
+def test_parameters_that_are_not_those_that_sampled_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = ppo_sampling.generate
+
+    def stale(model: Any, params: Params, *rest: Any, **named: Any) -> Any:
+        return generate(model, moved(params, by=1e-3), *rest, **named)
+
+    monkeypatch.setattr(ppo_sampling, "generate", stale)
+    with pytest.raises(GuardError, match="parameters changed between sampling and training"):
+        run()
+
+
+def test_dropout_in_the_training_pass_is_caught() -> None:
+    noise, calls = torch.Generator().manual_seed(0), 0
+
+    def with_dropout(params: Params, tokens: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        hidden = MODEL.hidden(params, tokens)
+        if calls <= 9:  # 3 chunks of rows for each of policy, reference and critic: still clean
+            return hidden
+        return hidden * (torch.rand(hidden.shape, generator=noise) > 0.1) / 0.9
+
+    with pytest.raises(GuardError, match="dropout"):
+        run(TASK._replace(model=MODEL._replace(hidden=with_dropout)))
+
+
+def test_a_policy_that_moved_before_its_first_minibatch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = ppo._sample
+
+    def sample_then_move(task: ppo.Task, state: PPOState, *rest: Any, **named: Any) -> Any:
+        sampled = sample(task, state, *rest, **named)
+        state.learners.policy.params["wte"]["weight"].mul_(1.01)
+        return sampled
+
+    monkeypatch.setattr(ppo, "_sample", sample_then_move)
+    with pytest.raises(GuardError, match=r"val/ratio = .* instead of 1"):
+        run()
+
+
+def test_rows_permuted_apart_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = ppo._sample
+
+    def permuted(*args: Any, **named: Any) -> Any:
+        sampled = sample(*args, **named)
+        e: Experience = sampled.experience
+        return sampled._replace(experience=e._replace(old_logp=e.old_logp.flip(0)))
+
+    monkeypatch.setattr(ppo, "_sample", permuted)
+    with pytest.raises(GuardError, match="permuted or trimmed apart"):
+        run()
+
+
+MASK = torch.tensor([[False, True, True], [False, True, False]])
+
+
+def test_the_sampler_gap_is_the_largest_over_counted_tokens_and_names_the_place() -> None:
+    recorded = torch.tensor([[9.0, -1.0, -2.0], [9.0, -3.0, torch.nan]])
+    close = torch.tensor([[0.0, -1.00004, -2.0], [0.0, -3.00002, 0.0]])
+    assert check_sampler(recorded, close, MASK, tolerance=1e-4) == pytest.approx(4e-5, rel=0.1)
+    far = close.clone()
+    far[1, 1] = -2.5
+    with pytest.raises(
+        GuardError, match=r"row 1, position 1; the trainer computes -2\.5.*\(largest gap 0\.5"
+    ):
+        check_sampler(recorded, far, MASK, tolerance=1e-4)
+    not_a_number = close.clone()
+    not_a_number[0, 2] = torch.nan
+    with pytest.raises(GuardError, match="row 0, position 2.*computes nan"):
+        check_sampler(recorded, not_a_number, MASK, tolerance=1.0)
+
+
+CLEAN = {
+    "guard/off_policy_tokens": 0.0,
+    "val/ratio": 1.0,
+    "policy/approxkl_avg": 0.0,
+    "policy/clipfrac_avg": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guard/off_policy_tokens", 1e-3),
+        ("val/ratio", 1.001),
+        ("val/ratio", 0.999),
+        ("policy/approxkl_avg", 1e-6),
+        ("policy/clipfrac_avg", 1e-3),
+        ("val/ratio", torch.nan),
+    ],
+)
+def test_each_identity_of_the_first_minibatch_is_checked_and_named(name: str, value: float) -> None:
+    check_first_minibatch({key: torch.tensor(x) for key, x in CLEAN.items()}, tolerance=1e-4)
+    broken = {key: torch.tensor(x) for key, x in (CLEAN | {name: value}).items()}
+    with pytest.raises(GuardError, match=f"{name} = .*Usual causes"):
+        check_first_minibatch(broken, tolerance=1e-4)
+
+
+def test_sixteen_bit_parameters_are_allowed_their_rounding() -> None:
+    assert tolerance_for(POLICY) == 1e-4
+    half = {"a": torch.zeros(1), "b": [torch.zeros(1, dtype=torch.bfloat16)]}
+    assert tolerance_for(half) == 3e-2
+
+
+def test_the_guard_runs_at_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, epochs=1)
+    first = ppo.iteration(TASK, ppo.begin(POLICY, CRITIC, config), config, seed=3)
+    sample = ppo._sample
+
+    def shifted(*args: Any, **named: Any) -> Any:
+        sampled = sample(*args, **named)
+        e: Experience = sampled.experience
+        return sampled._replace(experience=e._replace(old_logp=e.old_logp - 1e-3 * e.mask))
+
+    monkeypatch.setattr(ppo, "_sample", shifted)
+    with pytest.raises(GuardError, match="guard/off_policy_tokens = 1 instead of 0"):
+        ppo.iteration(TASK, first.state, config, seed=3)
