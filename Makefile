@@ -36,7 +36,7 @@ test: $(TEST_READY)
 check: $(TEST_READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m basedpyright
+	$(RUN) -m basedpyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 
 format: $(TEST_READY)
 	$(RUN) -m ruff check --fix .

@@ -1,0 +1,204 @@
+"""`minirlhf run`: the stages in order, nothing else.
+
+    data -> base -> SFT -> reward model -> PPO, DPO, IPO -> evaluation -> one table
+
+On the embedded world a gold judge compares; on real data a second reward model does, which was trained on
+pairs that no other stage has seen.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from minirlhf.data import world
+from minirlhf.data.readers import describe_dropped, read_preferences
+from minirlhf.data.records import Preference
+from minirlhf.data.splits import split_by_prompt
+from minirlhf.evaluation.stage import evaluate
+from minirlhf.recipes import RunConfig
+from minirlhf.runs import (
+    InputError,
+    MetricsWriter,
+    RunLayout,
+    atomic_directory,
+    dump_config,
+    manifest,
+    write_json_atomic,
+    write_text_atomic,
+)
+from minirlhf.training import stages
+from minirlhf.training.device import resolve
+from minirlhf.training.setting import Setting, seed_for
+from minirlhf.training.workspace import load_policy, refuse_existing
+
+JUDGE_SHARE = 1 / 3
+"""Of the prompts of real preferences: those of the judge's own training."""
+
+
+def run_world(out: Path, config: RunConfig, *, device: str) -> None:
+    """The whole pipeline on the embedded world."""
+    run = RunLayout(out)
+
+    def write_data(folder: Path) -> None:
+        world.write(folder, config=config.world, seed=config.seed)
+
+    with _open_run(run, config, device, write_data, sources={}) as setting:
+        random = run.data / "model"
+        stages.new_model(
+            run.data / "tokenizer.json", random, shape=config.model, seed=seed_for(setting, "model")
+        )
+        base = run.model("base")
+        _announce("base model on the world's plain text")
+        stages.pretrain(random, run.data / "pretrain.jsonl", base, config=config.base, setting=setting)
+        _align(run, base, config, setting)
+        _evaluate(run, config, setting, judge=None)
+
+
+def run_real(out: Path, config: RunConfig, *, model: Path, preferences: Path, device: str) -> None:
+    """The whole pipeline on a user's model and preferences."""
+    run = RunLayout(out)
+
+    def write_data(folder: Path) -> None:
+        load_policy(model, Setting(config.seed, device, config.reading))  # fails now, not after the data
+        _split_preferences(preferences, folder, config)
+
+    sources = {"model": model, "preferences": preferences}
+    with _open_run(run, config, device, write_data, sources=sources) as setting:
+        _align(run, model, config, setting)
+        _announce("the judge: a second reward model, on pairs that no policy has seen")
+        stages.reward(
+            run.model("sft"),
+            run.data / "judge_preferences.jsonl",
+            run.model("judge"),
+            config=config.reward,
+            normalise=config.normalise,
+            setting=setting._replace(seed=seed_for(setting, "judge")),
+        )
+        _evaluate(run, config, setting, judge=run.model("judge"))
+
+
+def _align(run: RunLayout, base: Path, config: RunConfig, setting: Setting) -> None:
+    """SFT, reward model, and every policy that the config asks for."""
+    data, sft, reward = run.data, run.model("sft"), run.model("reward")
+    _announce("SFT")
+    stages.sft(base, data / "demonstrations.jsonl", sft, config=config.sft, setting=setting)
+    _announce("reward model")
+    probe = data / "probe.jsonl"
+    stages.reward(
+        sft,
+        data / "preferences.jsonl",
+        reward,
+        config=config.reward,
+        normalise=config.normalise,
+        setting=setting,
+        probe=probe if probe.exists() else None,
+    )
+    for policy in config.policies:
+        _announce(policy)
+        out = run.model(policy)
+        if policy == "dpo":
+            stages.dpo(sft, sft, data / "preferences.jsonl", out, config=config.dpo, setting=setting)
+        elif policy == "ipo":
+            stages.ipo(sft, sft, data / "preferences.jsonl", out, config=config.ipo, setting=setting)
+        else:
+            ppo = config.ppo if policy == "ppo" else dataclasses.replace(config.ppo, kl_coefficient=0.0)
+            prompts = data / "prompts.jsonl"
+            stages.ppo(sft, sft, reward, prompts, out, config=ppo, setting=setting, name=policy)
+
+
+def _evaluate(run: RunLayout, config: RunConfig, setting: Setting, *, judge: Path | None) -> None:
+    _announce("evaluation: the same held-out prompts for every policy")
+    evaluate(
+        {policy: run.model(policy) for policy in config.policies},
+        run.model("sft"),
+        run.model("reward"),
+        run.data / "prompts.jsonl",
+        run.evaluation,
+        judge=judge,
+        config=config.evaluation,
+        setting=setting,
+        metrics=run.metrics,
+    )
+
+
+def _split_preferences(preferences: Path, folder: Path, config: RunConfig) -> None:
+    """Cuts real pairs by prompt into the policies' and the judge's, and writes the run's files."""
+    loaded = read_preferences(preferences, strict=config.reading.strict)
+    print(loaded.decision)
+    print(describe_dropped(loaded.dropped, total=len(loaded.rows) + len(loaded.dropped)))
+    fractions = (1 - JUDGE_SHARE, 0.0, JUDGE_SHARE)
+    # Another seed than the stages' own cut, or the judge's prompts would all lie in one of their splits.
+    ours, _, judges = split_by_prompt(loaded.rows, fractions=fractions, seed=config.reading.split_seed + 1)
+    _write_rows(folder / "preferences.jsonl", map(_pair, ours))
+    _write_rows(folder / "judge_preferences.jsonl", map(_pair, judges))
+    _write_rows(
+        folder / "demonstrations.jsonl", ({"prompt": row.prompt, "completion": row.chosen} for row in ours)
+    )
+    _write_rows(folder / "prompts.jsonl", ({"prompt": row.prompt} for row in ours))
+    print(f"{preferences}: {len(ours)} pairs to learn from, {len(judges)} of other prompts for the judge")
+
+
+def _pair(row: Preference) -> dict[str, str]:
+    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextmanager
+def _open_run(
+    run: RunLayout,
+    config: RunConfig,
+    device: str,
+    write_data: Callable[[Path], None],
+    *,
+    sources: dict[str, Path],
+) -> Iterator[Setting]:
+    """The run directory with its data and config; the stages fill it one by one, each whole.
+
+    A mistake that is found before a model stands in it removes it again.
+    """
+    refuse_existing(run.root)
+    where = str(resolve(device))
+    started = time.perf_counter()
+    with atomic_directory(run.root) as folder:
+        data = RunLayout(folder).data
+        data.mkdir()
+        write_data(data)
+        write_text_atomic(RunLayout(folder).config, dump_config(config))
+    files = {path.name: path for path in sorted(run.data.iterdir()) if path.is_file()} | sources
+    record = manifest(config, config.seed, files, {}, device=where)
+    write_json_atomic(run.manifest, record)
+    try:
+        with MetricsWriter(run.metrics) as writer:
+            yield Setting(config.seed, device, config.reading, log=partial(_log, writer))
+    except InputError:
+        if not any((run.root / name / "manifest.json").exists() for name in _models(run)):
+            shutil.rmtree(run.root)
+        raise
+    weights = {name: run.model(name) for name in _models(run)}
+    seconds = time.perf_counter() - started
+    write_json_atomic(
+        run.manifest, {**manifest(config, config.seed, files, weights, device=where), "seconds": seconds}
+    )
+    print(f"done in {seconds / 60:.1f} minutes; everything is in {run.root}")
+
+
+def _models(run: RunLayout) -> list[str]:
+    return [path.name for path in sorted(run.root.iterdir()) if (path / "model.safetensors").exists()]
+
+
+def _log(writer: MetricsWriter, step: int, stage: str, metrics: dict[str, float]) -> None:
+    writer.write(step, stage, metrics)
+
+
+def _announce(stage: str) -> None:
+    Console(stderr=True).rule(f"[bold]{stage}", align="left")

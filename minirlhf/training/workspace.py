@@ -1,0 +1,171 @@
+"""Model directories in, one model directory out: what every stage does around its page.
+
+A stage's directory appears whole or not at all. Only when training is interrupted, or a loss stops being
+finite, after a checkpoint was kept does it appear with that checkpoint, and its manifest says so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.models.checkpoint import Normalisation, load_language_model, load_scalar_model
+from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.runs import (
+    InputError,
+    MetricsWriter,
+    atomic_directory,
+    dump_config,
+    manifest,
+    write_json_atomic,
+    write_text_atomic,
+)
+from minirlhf.training.device import move, resolve
+from minirlhf.training.guards import GuardError
+from minirlhf.training.setting import Setting
+from minirlhf.training.update import NonFiniteError
+
+Save = Callable[[Path, Params], None]
+"""Writes a model directory."""
+
+
+class Checkpoint(NamedTuple):
+    """A model directory, read: parameters on the device. normalisation: of a reward model's raw score."""
+
+    path: Path
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    normalisation: Normalisation
+
+
+def load_policy(path: Path, setting: Setting) -> Checkpoint:
+    """Reads a language model and its tokenizer.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer knows ids that it has no row for.
+    """
+    device = resolve(setting.device)
+    model, params = load_language_model(path)
+    return _loaded(path, model, params, Normalisation(0.0, 1.0), device)
+
+
+def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
+    """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
+    device = resolve(setting.device)
+    model, params, normalisation = load_scalar_model(path)
+    return _loaded(path, model, params, normalisation, device)
+
+
+def _loaded(
+    path: Path, model: LanguageModel, params: Params, normalisation: Normalisation, device: torch.device
+) -> Checkpoint:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model a vocabulary of only "
+            f"{model.config.vocab_size}"
+        )
+    return Checkpoint(path, model, move(params, device), tokenizer, normalisation)
+
+
+def require_same_model(first: Checkpoint, second: Checkpoint) -> None:
+    """Two directories whose parameters one model's functions can read, and whose ids mean the same tokens.
+
+    Raises:
+        InputError: they differ; names the first field and both values.
+    """
+    ours, theirs = dataclasses.asdict(first.model.config), dataclasses.asdict(second.model.config)
+    for name in ours:
+        if ours[name] != theirs.get(name):
+            raise InputError(
+                f"expected {second.path} to have the shape of {first.path}, got {name} {theirs.get(name)} "
+                f"and {ours[name]}"
+            )
+    if first.tokenizer.backend.get_vocab() != second.tokenizer.backend.get_vocab():
+        raise InputError(
+            f"expected {second.path} to have the tokenizer of {first.path}, got another vocabulary"
+        )
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing is overwritten: `out` may be missing or an empty directory."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        what = "a directory with files in it" if out.is_dir() else "a file"
+        raise InputError(f"{out}: expected a new or empty directory, found {what}; choose another --out")
+
+
+class Stage(NamedTuple):
+    """An open stage directory.
+
+    folder: where files go; becomes `out` when the stage ends.
+    best: the model directory in it, which `keep` writes and whose files move up into `out` at the end.
+    log: (step, metrics) -> metrics.jsonl here and, if there is one, the run's.
+    keep: (params, metrics) -> `best`.
+    """
+
+    folder: Path
+    best: Path
+    log: Callable[[int, dict[str, float]], None]
+    keep: Callable[[Params, dict[str, float]], None]
+
+
+@contextmanager
+def open_stage(
+    out: Path,
+    name: str,
+    save: Save,
+    config: Any,
+    setting: Setting,
+    *,
+    data: dict[str, Path],
+    weights: dict[str, Path],
+) -> Iterator[Stage]:
+    """The directory of one stage: the best model, metrics.jsonl, stage.toml and manifest.json.
+
+    Args:
+        out: as `refuse_existing` wants it.
+        name: of the stage, in the metrics.
+        save: how its kind of model is written.
+        config: the stage's config; goes into stage.toml.
+        setting: seed, device and the run's log.
+        data, weights: what it reads; hashed into the manifest.
+
+    Raises:
+        KeyboardInterrupt, NonFiniteError, GuardError: as they came, and now saying where the checkpoint is.
+    """
+    failure: BaseException | None = None
+    record = manifest(config, setting.seed, data, weights, device=str(resolve(setting.device)))
+    with atomic_directory(out) as folder, MetricsWriter(folder / "metrics.jsonl") as writer:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            writer.write(step, name, metrics)
+            if setting.log is not None:
+                setting.log(step, name, metrics)
+
+        best = folder / "best"
+        try:
+            yield Stage(folder, best, log, lambda params, metrics: save(best, params))
+        except (KeyboardInterrupt, NonFiniteError, GuardError) as error:
+            if not best.exists():
+                raise
+            failure = error
+        for file in best.iterdir():
+            file.replace(folder / file.name)
+        best.rmdir()
+        ended = "completed" if failure is None else f"stopped early: {_reason(failure)}"
+        write_text_atomic(folder / "stage.toml", dump_config(config))
+        write_json_atomic(folder / "manifest.json", {**record, "stage": name, "ended": ended})
+    if failure is not None:
+        failure.args = (f"{_reason(failure)}; the best checkpoint until then is in {out}",)
+        raise failure
+
+
+def _reason(failure: BaseException) -> str:
+    return str(failure) or "interrupted"
