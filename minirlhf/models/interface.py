@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Any]
-"""Nested dicts and lists of tensors with the checkpoint's names: `params["h"][3]["attn"]["c_attn"]["weight"]`."""
+"""Nested dicts and lists of tensors under the checkpoint's names: `params["h"][3]["ln_1"]["weight"]`."""
 
 
 class Cache(NamedTuple):
