@@ -81,7 +81,7 @@ def text_scorer(
         raise ValueError(f"expected one facts entry per prompt, got {len(facts)} for {len(prompts)} prompts")
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
-        rows = prompt_index.tolist()
+        rows: list[int] = prompt_index.tolist()
         texts = [tokenizer.decode(ids) for ids in responses(rollout)]
         rewards = reward([prompts[row] for row in rows], texts, [facts[row] for row in rows])
         if rewards.shape != (len(rows),):

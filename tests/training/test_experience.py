@@ -46,7 +46,8 @@ def row_logp(params: Any, tokens: list[int], prompt_length: int, temperature: fl
 
 
 def rows_of(experience: Experience) -> list[tuple[list[int], int]]:
-    spans = zip(experience.tokens.tolist(), experience.lengths.tolist(), experience.prompt_lengths.tolist())
+    e = experience
+    spans = zip(e.tokens.tolist(), e.lengths.tolist(), e.prompt_lengths.tolist(), strict=True)
     return [(tokens[:length], prompt) for tokens, length, prompt in spans]
 
 

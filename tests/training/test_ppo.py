@@ -1,4 +1,4 @@
-"""The update and the iteration of PPO: what must change, what must not, and that every logged number is true."""
+"""The update and the iteration of PPO: what must change, what must not, and that what is logged is true."""
 
 import math
 from dataclasses import fields, replace
@@ -114,7 +114,9 @@ def test_a_loss_is_the_mean_over_the_tokens_of_the_minibatch(experience: Experie
     value_total, value_aux = ppo_update.critic_loss(MODEL, CONFIG)(critic, e, tokens)
     logp = logp_of(MODEL, there, e.tokens, e.mask, temperature=CONFIG.temperature)
     value = value_of(MODEL, critic, e.tokens, e.mask)
-    sums = dict.fromkeys(("policy", "k2", "k3", "clip", "ratio", "off", "value", "value_clip"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(
+        ("policy", "k2", "k3", "clip", "ratio", "off", "value", "value_clip"), 0.0
+    )
     for b, t in e.mask.nonzero().tolist():
         log_ratio, a = float(logp[b, t] - e.old_logp[b, t]), float(e.advantage[b, t])
         r = math.exp(log_ratio)
