@@ -62,7 +62,7 @@ def tokenise_demonstrations(
             trained token is left.
 
     Raises:
-        InputError: a row is too long and overlong is "error".
+        InputError: a row is too long and overlong is "error", or no row is left.
     """
     texts = [text for row in rows for text in (row.prompt, *(segment for segment, _ in row.segments))]
     ids = iter(tokenizer.encode_all(texts))
@@ -88,7 +88,7 @@ def tokenise_preferences(
             which a response would be empty or both would be equal.
 
     Raises:
-        InputError: a pair is too long and overlong is "error".
+        InputError: a pair is too long and overlong is "error", or no pair is left.
     """
     texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
     ids = iter(tokenizer.encode_all(texts))
@@ -112,7 +112,7 @@ def tokenise_prompts(
         overlong: whether a longer prompt is dropped or refused.
 
     Raises:
-        InputError: a prompt is too long and overlong is "error".
+        InputError: a prompt is too long and overlong is "error", or no prompt is left.
     """
     if overlong not in ("drop", "error"):
         raise ValueError(f'expected overlong of prompts to be "drop" or "error", got {overlong!r}')
@@ -124,9 +124,9 @@ def tokenise_prompts(
             examples.append(ids)
             kept.append(i)
         else:
-            _refuse_if_error(row.line, overlong, max_length)
-            dropped.append((row.line, f"longer than {max_length} tokens"))
-    return Tokenised(examples, kept, Report(len(rows), dropped, []))
+            _refuse_if_error(row.line, len(ids), overlong=overlong, max_length=max_length)
+            dropped.append((row.line, _too_long(max_length)))
+    return _some_left(Tokenised(examples, kept, Report(len(rows), dropped, [])))
 
 
 def epoch_order(n: int, *, batch_size: int, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
@@ -228,23 +228,29 @@ def _fit(
         raise ValueError(f"expected overlong to be one of {get_args(Overlong)}, got {overlong!r}")
     examples, kept, dropped, truncated = [], [], [], []
     for i, (line, sides) in enumerate(zip(lines, rows, strict=True)):
-        why, cut = _flaw(sides), any(len(side.ids) > max_length for side in sides)
-        if why is None and cut:
-            _refuse_if_error(line, overlong, max_length)
+        why, longest = _flaw(sides), max(len(side.ids) for side in sides)
+        if why is None and longest > max_length:
+            _refuse_if_error(line, longest, overlong=overlong, max_length=max_length)
             sides = tuple(Example(s.ids[:max_length], s.mask[:max_length], s.prompt_length) for s in sides)
-            why = (
-                f"longer than {max_length} tokens"
-                if overlong == "drop"
-                else _flaw(sides, after=" after truncation")
-            )
-        if why is not None:
+            why = _too_long(max_length) if overlong == "drop" else _flaw(sides, after=" after truncation")
+            if why is None:
+                truncated.append(line)
+        if why is None:
+            examples.append(sides)
+            kept.append(i)
+        else:
             dropped.append((line, why))
-            continue
-        examples.append(sides)
-        kept.append(i)
-        if cut:
-            truncated.append(line)
-    return Tokenised(examples, kept, Report(len(rows), dropped, truncated))
+    return _some_left(Tokenised(examples, kept, Report(len(rows), dropped, truncated)))
+
+
+def _some_left(tokenised: Tokenised[T]) -> Tokenised[T]:
+    if tokenised.report.total and not tokenised.examples:
+        raise InputError(f"expected at least one row that can be used, found none: {tokenised.report}")
+    return tokenised
+
+
+def _too_long(max_length: int) -> str:
+    return f"longer than {max_length} tokens"
 
 
 def _flaw(sides: tuple[Example, ...], after: str = "") -> str | None:
@@ -258,8 +264,9 @@ def _flaw(sides: tuple[Example, ...], after: str = "") -> str | None:
     return None
 
 
-def _refuse_if_error(line: int, overlong: Overlong, max_length: int) -> None:
+def _refuse_if_error(line: int, length: int, *, overlong: Overlong, max_length: int) -> None:
     if overlong == "error":
         raise InputError(
-            f"line {line}: expected at most {max_length} tokens, found more; choose to drop such rows"
+            f"line {line}: expected at most {max_length} tokens, found {length}; "
+            'such rows can be dropped by choice (overlong = "drop")'
         )

@@ -81,7 +81,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _parse(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(
-            raw.decode("utf-8"),
+            raw.rstrip(b"\r\n").decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -89,7 +89,8 @@ def _parse(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         malformed(path, number, expected="UTF-8 text", found=f"another encoding at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        malformed(path, number, expected="one JSON object", found=f"{error.msg} at column {error.colno}")
+        found = f"a syntax error at column {error.colno} ({error.msg})"
+        malformed(path, number, expected="one JSON object", found=found)
     except RecursionError:
         malformed(path, number, expected="one JSON object", found="nesting too deep to read")
     except ValueError as error:

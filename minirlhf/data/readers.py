@@ -6,6 +6,7 @@ listed by line; with strict=True it stops the reading instead.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -141,7 +142,7 @@ def _check_columns(line: Line, format_: Format, *, first: Line) -> None:
 
 
 def _columns(names: Iterable[str]) -> str:
-    return "{" + ", ".join(f'"{name}"' for name in names) + "}"
+    return "{" + ", ".join(json.dumps(name) for name in names) + "}"
 
 
 def _as_demonstration(record: Demonstration | Preference) -> Demonstration:

@@ -15,6 +15,8 @@ import tokenizers
 
 from minirlhf.runs import InputError
 
+# The library's own record of a text is some 20 times its ids; a large file must not hold all of them.
+_TEXTS_AT_ONCE = 1024
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>")
 
 
@@ -44,7 +46,10 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer writes some text with the EOS id.
         """
-        encoded = [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        encoded: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = list(texts[start : start + _TEXTS_AT_ONCE])
+            encoded += [e.ids for e in self.backend.encode_batch(some, add_special_tokens=False)]
         if any(self.eos_id in ids for ids in encoded):
             raise InputError(_EOS_IN_TEXT.format(path=self.path, eos_id=self.eos_id))
         return encoded
