@@ -1,0 +1,72 @@
+"""Who says which response is better: never the reward that the policies were trained on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from minirlhf.data.records import RewardFn
+from minirlhf.models.checkpoint import Normalisation
+from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.rollout.sampler import Rollout, responses
+from minirlhf.training.rewards import Decoder, Scorer, reward_model_scorer, text_scorer
+
+TextComponents = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Mapping[str, Tensor]]
+"""`components(prompts, responses, facts) -> {name: [B]}`: the parts that a gold score adds up."""
+
+Components = Callable[[Rollout, Tensor], dict[str, Tensor]]
+"""`components(rollout, prompt_index [B]) -> {name: [B]}`: the same, on what was sampled."""
+
+
+class Judge(NamedTuple):
+    """A judge of the responses to one list of prompts.
+
+    name: for the table. score: (rollout, prompt_index [B]) -> [B], higher is better; only its order counts in
+    a win rate. components: the parts of the score, where the judge can tell them apart; {} where it cannot.
+    """
+
+    name: str
+    score: Scorer
+    components: Components
+
+
+def gold_judge(
+    score: RewardFn,
+    components: TextComponents,
+    tokenizer: Decoder,
+    prompts: Sequence[str],
+    facts: Sequence[Mapping[str, Any] | None],
+    *,
+    name: str = "gold judge",
+) -> Judge:
+    """The truth of an artificial world, read off the response's text and the prompt's facts.
+
+    Args:
+        score, components: of texts, as `data.world` offers them.
+        tokenizer: turns ids into the text that is judged, without the stop token.
+        prompts, facts: of every prompt, in the order that prompt_index counts.
+    """
+
+    def parts(rollout: Rollout, prompt_index: Tensor) -> dict[str, Tensor]:
+        rows: list[int] = prompt_index.tolist()
+        texts = [tokenizer.decode(ids) for ids in responses(rollout)]
+        found = components([prompts[row] for row in rows], texts, [facts[row] for row in rows])
+        return {part: value.to(rollout.tokens.device) for part, value in found.items()}
+
+    return Judge(name, text_scorer(score, tokenizer, prompts, facts), parts)
+
+
+def reward_model_judge(
+    model: LanguageModel,
+    params: Params,
+    normalisation: Normalisation,
+    *,
+    name: str = "second reward model",
+) -> Judge:
+    """A reward model that was trained on other pairs than the policies' own; it reads the sampled ids."""
+
+    def parts(rollout: Rollout, prompt_index: Tensor) -> dict[str, Tensor]:
+        del rollout, prompt_index
+        return {}
+
+    return Judge(name, reward_model_scorer(model, params, normalisation), parts)
