@@ -171,7 +171,7 @@ def sampling_law(
     Raises:
         ValueError: as `tempered`, `top_k`, `top_p` and `min_p` do.
 
-    Gradient: that of the renormalised law; 0 with respect to excluded tokens.
+    Gradient: that of the renormalised law; 0 (up to rounding) with respect to excluded tokens.
 
     >>> sampling_law(torch.tensor([0.5, 0.3, 0.1, 0.1]).log(), top_k=3, top_p=0.9).exp()
     tensor([0.5556, 0.3333, 0.1111, 0.0000])

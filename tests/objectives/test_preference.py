@@ -1,0 +1,382 @@
+"""Bradley-Terry, DPO, conservative DPO and IPO: golden numbers, closed-form gradients, identities, errors."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad, vmap
+
+from minirlhf.objectives.preference import (
+    bradley_terry_loss,
+    conservative_dpo_loss,
+    dpo_loss,
+    implicit_reward,
+    ipo_loss,
+    ipo_summed_loss,
+)
+from tests.objectives import oracles
+from tests.objectives.strategies import numbers
+
+
+def t(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+PAIR = (t(-10.0), t(-12.0), t(-15.0), t(-11.0))
+quadruples = st.tuples(*[numbers(3, low=-40, high=0)] * 4)
+betas = st.sampled_from([0.01, 0.1, 0.5, 1.0, 3.0])
+smoothings = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.49])
+
+
+# Bradley-Terry
+
+
+@pytest.mark.parametrize(
+    ("gap", "loss", "slope"),
+    [
+        (4.0, 0.018150, -0.017986),
+        (-4.0, 4.018150, -0.982014),
+        (2.0, 0.126928, -0.119203),
+        (1.3, 0.241008, -0.214165),
+        (1.0, 0.313262, -0.268941),
+        (0.0, 0.693147, -0.5),
+    ],
+)
+def test_bradley_terry_golden_numbers(gap: float, loss: float, slope: float) -> None:
+    assert bradley_terry_loss(t(gap), t(0.0)).item() == pytest.approx(loss, abs=5e-7)
+    chosen, rejected = grad(lambda c, r: bradley_terry_loss(c, r).sum(), argnums=(0, 1))(t(gap), t(0.0))
+    assert chosen.item() == pytest.approx(slope, abs=5e-7)
+    assert rejected.item() == -chosen.item()
+
+
+def test_bradley_terry_golden_margin_and_smoothing() -> None:
+    assert bradley_terry_loss(t(4.0), t(0.0), margin=t(1.0)).item() == pytest.approx(0.048587, abs=5e-7)
+    assert bradley_terry_loss(t(4.0), t(0.0), label_smoothing=0.1).item() == pytest.approx(0.418150, abs=5e-7)
+    assert bradley_terry_loss(t(4.0, -4.0), t(0.0, 0.0)).mean().item() == pytest.approx(2.018150, abs=5e-7)
+
+
+@given(numbers(4), numbers(4), numbers(4, low=0), smoothings)
+def test_bradley_terry_equals_the_scalar_oracle(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, smoothing: float
+) -> None:
+    got = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=smoothing)
+    rows = zip(chosen.tolist(), rejected.tolist(), margin.tolist(), strict=True)
+    expected = t(*(oracles.bradley_terry(c, r, m, smoothing) for c, r, m in rows))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(numbers(4), numbers(4), st.floats(-100, 100))
+def test_bradley_terry_knows_only_the_gap_and_its_swap_differs_by_the_gap(
+    chosen: Tensor, rejected: Tensor, shift: float
+) -> None:
+    loss = bradley_terry_loss(chosen, rejected)
+    torch.testing.assert_close(
+        bradley_terry_loss(chosen + shift, rejected + shift), loss, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(loss - bradley_terry_loss(rejected, chosen), rejected - chosen)
+    assert bool((loss > 0).all())
+
+
+def test_a_margin_is_a_handicap_of_the_chosen_reward() -> None:
+    chosen, rejected, margin = t(1.0, -2.0, 0.5), t(0.0, 1.0, 0.5), t(0.0, 1.0, 2.5)
+    with_margin = bradley_terry_loss(chosen, rejected, margin=margin)
+    torch.testing.assert_close(with_margin, bradley_terry_loss(chosen - margin, rejected))
+    assert torch.equal(
+        bradley_terry_loss(chosen, rejected), bradley_terry_loss(chosen, rejected, margin=t(0, 0, 0))
+    )
+
+
+def test_bradley_terry_is_stable_far_out() -> None:
+    assert bradley_terry_loss(t(-1e3), t(0.0)).item() == 1e3
+    assert bradley_terry_loss(t(1e3), t(0.0)).item() == 0.0
+    for gap in (1e4, -1e4):
+        slope = grad(lambda c: bradley_terry_loss(c, torch.zeros(1)).sum())(torch.tensor([gap]))
+        assert bool(slope.isfinite().all())
+
+
+def test_bradley_terry_is_convex_with_curvature_of_the_logistic_law() -> None:
+    gap = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    curvature = vmap(grad(grad(lambda g: bradley_terry_loss(g, torch.zeros_like(g)))))(gap)
+    p = torch.sigmoid(gap)
+    torch.testing.assert_close(curvature, p * (1 - p), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.3])
+def test_label_smoothing_moves_the_optimum_to_the_log_odds_of_the_labels(smoothing: float) -> None:
+    best = t(math.log((1 - smoothing) / smoothing))
+
+    def loss(gap: Tensor) -> Tensor:
+        return bradley_terry_loss(gap, torch.zeros_like(gap), label_smoothing=smoothing).sum()
+
+    assert grad(loss)(best).abs().item() < 1e-15
+    entropy = -(smoothing * math.log(smoothing) + (1 - smoothing) * math.log(1 - smoothing))
+    assert loss(best).item() == pytest.approx(entropy, abs=1e-12)
+    assert grad(loss)(best - 0.1).item() < 0 < grad(loss)(best + 0.1).item()
+
+
+# DPO
+
+
+def test_dpo_golden_pair() -> None:
+    assert implicit_reward(PAIR[0], PAIR[2], beta=0.1).item() == pytest.approx(0.5)
+    assert implicit_reward(PAIR[1], PAIR[3], beta=0.1).item() == pytest.approx(-0.1)
+    for beta, loss in ((0.1, 0.437488), (0.01, 0.663597), (0.5, 0.048587), (1.0, 0.002476)):
+        assert dpo_loss(*PAIR, beta=beta).item() == pytest.approx(loss, abs=5e-7)
+    slopes = grad(lambda *a: dpo_loss(*a, beta=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
+    golden = (-0.035434, 0.035434, 0.035434, -0.035434)
+    assert [s.item() for s in slopes] == pytest.approx(golden, abs=5e-7)
+
+
+@given(quadruples, betas, smoothings)
+def test_dpo_and_conservative_dpo_equal_the_scalar_oracle(
+    logps: tuple[Tensor, ...], beta: float, smoothing: float
+) -> None:
+    rows = list(zip(*(x.tolist() for x in logps), strict=True))
+    plain = t(*(oracles.dpo(*row, beta) for row in rows))
+    torch.testing.assert_close(dpo_loss(*logps, beta=beta), plain, rtol=1e-12, atol=1e-12)
+    smooth = t(*(oracles.conservative_dpo(*row, beta, smoothing) for row in rows))
+    got = conservative_dpo_loss(*logps, beta=beta, label_smoothing=smoothing)
+    torch.testing.assert_close(got, smooth, rtol=1e-12, atol=1e-12)
+
+
+@given(quadruples, betas)
+def test_dpo_is_bradley_terry_on_implicit_rewards(logps: tuple[Tensor, ...], beta: float) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    rewards = (
+        implicit_reward(chosen, ref_chosen, beta=beta),
+        implicit_reward(rejected, ref_rejected, beta=beta),
+    )
+    expected = bradley_terry_loss(*rewards)
+    torch.testing.assert_close(dpo_loss(*logps, beta=beta), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(quadruples, betas)
+def test_dpo_swap_identity(logps: tuple[Tensor, ...], beta: float) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta=beta)
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    torch.testing.assert_close(dpo_loss(*logps, beta=beta) - swapped, -beta * h, rtol=1e-9, atol=1e-9)
+
+
+@given(quadruples, betas, st.sampled_from([(0, 1), (2, 3), (0, 2), (1, 3)]))
+def test_dpo_ignores_constants_of_the_prompt_and_of_a_response(
+    logps: tuple[Tensor, ...], beta: float, pair: tuple[int, int]
+) -> None:
+    shifted = [x + 2.5 if i in pair else x for i, x in enumerate(logps)]
+    torch.testing.assert_close(dpo_loss(*shifted, beta=beta), dpo_loss(*logps, beta=beta))
+
+
+@given(quadruples, betas)
+def test_dpo_depends_on_beta_times_the_margin_only(logps: tuple[Tensor, ...], beta: float) -> None:
+    halved = dpo_loss(*(x / 2 for x in logps), beta=2 * beta)
+    torch.testing.assert_close(halved, dpo_loss(*logps, beta=beta))
+
+
+@given(quadruples, betas)
+def test_dpo_gradient_is_beta_times_the_probability_of_error(logps: tuple[Tensor, ...], beta: float) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    expected = -beta * torch.sigmoid(-beta * h)
+    slopes = grad(lambda *a: dpo_loss(*a, beta=beta).sum(), argnums=(0, 1))(*logps)
+    torch.testing.assert_close(slopes[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(slopes[1], -expected, rtol=1e-9, atol=1e-12)
+
+
+def test_dpo_is_log_two_where_policy_and_reference_agree_and_sees_the_reference() -> None:
+    logp = t(-3.0, -7.0)
+    same = dpo_loss(logp, logp - 4, logp, logp - 4, beta=0.3)
+    torch.testing.assert_close(same, torch.full_like(logp, math.log(2)))
+    assert not torch.equal(dpo_loss(logp, logp - 4, logp - 1, logp - 4, beta=0.3), same)
+
+
+def test_one_step_down_the_dpo_loss_raises_the_margin() -> None:
+    slopes = grad(lambda c, r: dpo_loss(c, r, *PAIR[2:], beta=0.1).sum(), argnums=(0, 1))(*PAIR[:2])
+    chosen, rejected = PAIR[0] - slopes[0], PAIR[1] - slopes[1]
+    assert (chosen - rejected).item() > (PAIR[0] - PAIR[1]).item()
+
+
+def test_many_betas_at_once_by_vmap() -> None:
+    grid = t(0.01, 0.1, 1.0)
+    looped = torch.stack([dpo_loss(*PAIR, beta=b) for b in grid.tolist()])
+    torch.testing.assert_close(vmap(lambda b: dpo_loss(*PAIR, beta=b))(grid), looped)
+    ipo_looped = torch.stack([ipo_summed_loss(*PAIR, tau=b) for b in grid.tolist()])
+    torch.testing.assert_close(vmap(lambda b: ipo_summed_loss(*PAIR, tau=b))(grid), ipo_looped)
+
+
+# conservative DPO
+
+
+def test_conservative_dpo_golden_pair_and_reduction_to_dpo() -> None:
+    smooth = conservative_dpo_loss(*PAIR, beta=0.1, label_smoothing=0.1)
+    assert smooth.item() == pytest.approx(0.497488, abs=5e-7)
+    assert torch.equal(conservative_dpo_loss(*PAIR, beta=0.1, label_smoothing=0), dpo_loss(*PAIR, beta=0.1))
+
+
+@pytest.mark.parametrize(("smoothing", "least"), [(0.05, 0.1985), (0.1, 0.3251), (0.3, 0.6109)])
+def test_conservative_dpo_has_its_minimum_at_the_log_odds_over_beta(smoothing: float, least: float) -> None:
+    best, zero = t(math.log((1 - smoothing) / smoothing) / 0.2), t(0.0)
+
+    def loss(h: Tensor) -> Tensor:
+        return conservative_dpo_loss(h, zero, zero, zero, beta=0.2, label_smoothing=smoothing).sum()
+
+    assert grad(loss)(best).abs().item() < 1e-15
+    assert round(loss(best).item(), 4) == least
+    assert grad(loss)(best - 0.5).item() < 0 < grad(loss)(best + 0.5).item()
+
+
+# IPO
+
+
+def test_ipo_golden_pair() -> None:
+    assert ipo_summed_loss(*PAIR, tau=0.1).item() == pytest.approx(1.0)
+    slopes = grad(lambda *a: ipo_summed_loss(*a, tau=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
+    assert [s.item() for s in slopes] == pytest.approx([2.0, -2.0, -2.0, 2.0])
+
+
+lengths = st.lists(st.integers(1, 20), min_size=3, max_size=3).map(torch.tensor)
+
+
+@given(quadruples, lengths, lengths, betas)
+def test_ipo_equals_the_scalar_oracle(
+    logps: tuple[Tensor, ...], chosen_length: Tensor, rejected_length: Tensor, tau: float
+) -> None:
+    rows = list(zip(*(x.tolist() for x in logps), strict=True))
+    summed = t(*(oracles.ipo(*row, tau) for row in rows))
+    torch.testing.assert_close(ipo_summed_loss(*logps, tau=tau), summed, rtol=1e-12, atol=1e-12)
+    pairs = list(zip(chosen_length.tolist(), rejected_length.tolist(), strict=True))
+    averaged = t(*(oracles.ipo(*row, tau, pair) for row, pair in zip(rows, pairs, strict=True)))
+    got = ipo_loss(*logps, chosen_length, rejected_length, tau=tau)
+    torch.testing.assert_close(got, averaged, rtol=1e-12, atol=1e-12)
+
+
+@given(quadruples, lengths, lengths, st.integers(2, 5))
+def test_averaged_ipo_does_not_change_when_every_token_is_repeated(
+    logps: tuple[Tensor, ...], chosen_length: Tensor, rejected_length: Tensor, times: int
+) -> None:
+    once = ipo_loss(*logps, chosen_length, rejected_length, tau=0.3)
+    repeated = ipo_loss(*(times * x for x in logps), times * chosen_length, times * rejected_length, tau=0.3)
+    torch.testing.assert_close(repeated, once)
+
+
+def test_averaged_and_summed_ipo_agree_on_single_tokens_only() -> None:
+    one, two = torch.ones(1, dtype=torch.int64), torch.full((1,), 2)
+    assert torch.equal(ipo_loss(*PAIR, one, one, tau=0.1), ipo_summed_loss(*PAIR, tau=0.1))
+    assert ipo_loss(*PAIR, two, one, tau=0.1).item() != ipo_loss(*PAIR, one, two, tau=0.1).item()
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.5, 1.0])
+def test_ipo_gradient_vanishes_at_the_target_margin_and_restores_on_both_sides(tau: float) -> None:
+    zero, target = t(0.0), t(1 / (2 * tau))
+
+    def slope(h: Tensor) -> float:
+        return grad(lambda x: ipo_summed_loss(x, zero, zero, zero, tau=tau).sum())(h).item()
+
+    assert slope(target) == 0.0
+    for distance in (1e-3, 1.0, 100.0):
+        assert slope(target + distance) == pytest.approx(2 * distance, rel=1e-6)
+        assert slope(target - distance) == pytest.approx(-2 * distance, rel=1e-6)
+
+
+@pytest.mark.parametrize(("p", "tau", "best"), [(0.6, 0.1, 1.0), (0.75, 0.1, 2.5), (0.9, 0.1, 4.0)])
+def test_ipo_with_noisy_labels_has_its_optimum_at_p_minus_one_half_over_tau(
+    p: float, tau: float, best: float
+) -> None:
+    zero = t(0.0)
+
+    def expected(h: Tensor) -> Tensor:
+        right = ipo_summed_loss(h, zero, zero, zero, tau=tau)
+        return (p * right + (1 - p) * ipo_summed_loss(zero, h, zero, zero, tau=tau)).sum()
+
+    assert best == pytest.approx((p - 0.5) / tau)
+    assert grad(expected)(t(best)).abs().item() < 1e-12
+
+
+# every loss
+
+
+LOSSES = [
+    lambda *a: bradley_terry_loss(a[0], a[1], margin=a[2], label_smoothing=0.1),
+    lambda *a: implicit_reward(a[0], a[1], beta=0.2),
+    lambda *a: dpo_loss(*a, beta=0.2),
+    lambda *a: conservative_dpo_loss(*a, beta=0.2, label_smoothing=0.1),
+    lambda *a: ipo_summed_loss(*a, tau=0.2),
+    lambda *a: ipo_loss(*a, torch.full_like(a[0], 3.0), torch.full_like(a[0], 2.0), tau=0.2),
+]
+every_loss = pytest.mark.parametrize(
+    "loss", LOSSES, ids=["bt", "implicit", "dpo", "cdpo", "ipo_summed", "ipo"]
+)
+DRAWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@every_loss
+def test_pairs_are_independent_unreduced_and_work_under_vmap(loss: Callable[..., Tensor]) -> None:
+    result = loss(*DRAWS)
+    assert result.shape == (5,)
+    torch.testing.assert_close(torch.stack([loss(*DRAWS[:, i : i + 1])[0] for i in range(5)]), result)
+    torch.testing.assert_close(vmap(loss)(*DRAWS), result)
+    assert torch.autograd.gradcheck(loss, tuple(DRAWS.clone().requires_grad_().unbind()))
+
+
+@every_loss
+def test_pair_losses_compile_and_compute_half_precision_in_fp32(loss: Callable[..., Tensor]) -> None:
+    torch._dynamo.reset()
+    half = DRAWS.bfloat16()
+    assert loss(*half).dtype == torch.float32
+    assert torch.equal(loss(*half), loss(*half.float()))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*DRAWS), loss(*DRAWS))
+
+
+@every_loss
+def test_a_column_beside_a_row_is_refused_not_broadcast(loss: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"expected equal shapes, got .* \[5\], .* \[5, 1\]"):
+        loss(DRAWS[0], DRAWS[1][:, None], DRAWS[2], DRAWS[3])
+
+
+def test_pair_errors_name_the_argument_the_expectation_and_what_came() -> None:
+    with pytest.raises(
+        ValueError, match=r"got chosen_logp \[1\], rejected_logp \[2\], ref_chosen_logp \[1\]"
+    ):
+        dpo_loss(PAIR[0], t(1.0, 2.0), PAIR[2], PAIR[3], beta=0.1)
+    with pytest.raises(
+        ValueError, match=r"got chosen_logp \[1\], chosen_length \[2\], rejected_length \[1\]"
+    ):
+        ipo_loss(*PAIR, t(1, 2), t(1), tau=0.1)
+    with pytest.raises(ValueError, match="chosen_reward must be a floating-point tensor, got torch.int64"):
+        bradley_terry_loss(torch.tensor([1]), torch.tensor([0]))
+    with pytest.raises(ValueError, match="rejected_reward must be a tensor, got list"):
+        bradley_terry_loss(t(1.0), [0.0])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"expected equal shapes, got .* margin \[2\]"):
+        bradley_terry_loss(t(1.0), t(0.0), margin=t(1.0, 1.0))
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
+def test_a_weight_that_is_not_positive_and_finite_is_refused(bad: float) -> None:
+    for call, name in (
+        (lambda: dpo_loss(*PAIR, beta=bad), "beta"),
+        (lambda: conservative_dpo_loss(*PAIR, beta=bad, label_smoothing=0.1), "beta"),
+        (lambda: implicit_reward(PAIR[0], PAIR[1], beta=bad), "beta"),
+        (lambda: ipo_summed_loss(*PAIR, tau=bad), "tau"),
+        (lambda: ipo_loss(*PAIR, t(1), t(1), tau=bad), "tau"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {bad}"):
+            call()
+
+
+@pytest.mark.parametrize("bad", [-0.01, 0.5, 1.0, math.nan])
+def test_label_smoothing_outside_zero_to_one_half_is_refused(bad: float) -> None:
+    expectation = rf"label_smoothing must lie in \[0, 0.5\), got {bad}"
+    with pytest.raises(ValueError, match=expectation):
+        bradley_terry_loss(t(1.0), t(0.0), label_smoothing=bad)
+    with pytest.raises(ValueError, match=expectation):
+        conservative_dpo_loss(*PAIR, beta=0.1, label_smoothing=bad)
+
+
+@pytest.mark.parametrize("bad", ["0.1", None, True, torch.ones(2)])
+def test_a_weight_that_is_no_number_is_refused(bad: object) -> None:
+    with pytest.raises(ValueError, match="beta must be a number"):
+        dpo_loss(*PAIR, beta=bad)  # pyright: ignore[reportArgumentType]
