@@ -12,7 +12,8 @@ import tyro
 from minirlhf import pipeline
 from minirlhf.data import world
 from minirlhf.data.world import WorldConfig
-from minirlhf.evaluation.stage import EvaluationConfig, evaluate
+from minirlhf.evaluation.compare import EvaluationConfig
+from minirlhf.evaluation.stage import evaluate
 from minirlhf.recipes import RunConfig, bounded, demo
 from minirlhf.runs import InputError, atomic_directory
 from minirlhf.training import stages

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minirlhf.data.world import WorldConfig
-from minirlhf.evaluation.stage import EvaluationConfig
+from minirlhf.evaluation.compare import EvaluationConfig
 from minirlhf.runs import InputError
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig

@@ -39,7 +39,7 @@ def evaluate(
         policies: directories by the name of their row.
         sft: the other side of every comparison. reward_model: what the policies were trained on.
         data: prompts; those that the cut by prompt keeps for testing are used.
-        judge: a second reward model; None for the embedded world's gold judge, which needs prompts with facts.
+        judge: a second reward model; None for the gold judge, which needs prompts with facts.
         metrics: a run's metrics.jsonl, for the learning curves.
 
     Raises:

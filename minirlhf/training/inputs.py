@@ -85,20 +85,40 @@ def tokenise_pairs(
 
 def read_prompt_ids(policy: Checkpoint, data: Path, max_response: int, setting: Setting) -> Parts:
     """Ids of each different prompt that leaves room for the response; raises as `read_supervised`."""
-    room = context_of(policy, setting) - max_response
-    if room < 1:
+    loaded = _read_unique_prompts(data, setting)
+    return _parts(loaded, lambda rows: _tokenise_prompts(policy, rows, max_response, setting), data, setting)
+
+
+def read_test_prompts(
+    policy: Checkpoint, data: Path, max_response: int, setting: Setting
+) -> tuple[list[list[int]], list[Prompt]]:
+    """Ids and rows of the prompts that no stage trains on; raises as `read_supervised`."""
+    loaded = _read_unique_prompts(data, setting)
+    reading = setting.reading
+    rows = split_by_prompt(loaded.rows, fractions=reading.fractions, seed=reading.split_seed).test
+    tokenised = _tokenise_prompts(policy, rows, max_response, setting)
+    if tokenised.report.dropped:
+        setting.show(f"{data}, test: {tokenised.report}")
+    if not tokenised.examples:
+        raise InputError(f"{data}: expected test prompts, found none that fits; {tokenised.report}")
+    return tokenised.examples, [rows[i] for i in tokenised.kept]
+
+
+def _read_unique_prompts(data: Path, setting: Setting) -> Loaded[Prompt]:
+    loaded = read_prompts(data, strict=setting.reading.strict)
+    return loaded._replace(rows=list({row.prompt: row for row in loaded.rows}.values()))
+
+
+def _tokenise_prompts(
+    policy: Checkpoint, rows: Sequence[Prompt], max_response: int, setting: Setting
+) -> Tokenised[list[int]]:
+    context = context_of(policy, setting)
+    if max_response >= context:
         raise InputError(
-            f"max_response of {max_response} tokens leaves no room for a prompt in a context of "
-            f"{room + max_response}"
+            f"max_response of {max_response} tokens leaves no room for a prompt in a context of {context}"
         )
     overlong = "error" if setting.reading.overlong == "error" else "drop"
-
-    def tokenise(rows: Sequence[Prompt]) -> Tokenised[list[int]]:
-        unique = list({row.prompt: row for row in rows}.values())
-        return tokenise_prompts(unique, policy.tokenizer, max_length=room, overlong=overlong)
-
-    loaded = read_prompts(data, strict=setting.reading.strict)
-    return _parts(loaded, tokenise, data, setting)
+    return tokenise_prompts(rows, policy.tokenizer, max_length=context - max_response, overlong=overlong)
 
 
 def context_of(policy: Checkpoint, setting: Setting) -> int:

@@ -102,5 +102,5 @@ def _tell(
 
 
 def _short(text: str, most: int = 200) -> str:
-    text = text.strip()
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip())
     return text if len(text) <= most else f"{text[:most]} …"

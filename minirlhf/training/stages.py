@@ -83,7 +83,8 @@ def pretrain(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting:
     refuse_existing(out)
     start = load_policy(policy, setting)
     train, validation = read_plain(start, data, setting)
-    return _supervise("pretrain", start, train, validation, data, out, config, setting)
+    openings = [example.ids[: max(1, len(example.ids) // 3)] for example in validation]
+    return _supervise("pretrain", start, train, validation, openings, data, out, config, setting)
 
 
 def sft(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Setting) -> Metrics:
@@ -91,7 +92,8 @@ def sft(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Sett
     refuse_existing(out)
     start = load_policy(policy, setting)
     parts = read_supervised(start, data, setting)
-    return _supervise("sft", start, parts.train, parts.validation, data, out, config, setting)
+    prompts = [example.ids[: example.prompt_length] for example in parts.validation]
+    return _supervise("sft", start, parts.train, parts.validation, prompts, data, out, config, setting)
 
 
 def _supervise(
@@ -99,6 +101,7 @@ def _supervise(
     start: Checkpoint,
     train: Sequence[Example],
     validation: Sequence[Example],
+    prompts: Sequence[list[int]],
     data: Path,
     out: Path,
     config: SFTConfig,
@@ -106,7 +109,6 @@ def _supervise(
 ) -> Metrics:
     save, files, weights = partial(_save_policy, start), {"data": data}, {"policy": start.path}
     with open_stage(out, name, save, config, setting, data=files, weights=weights) as stage:
-        prompts = [example.ids[: example.prompt_length] for example in validation]
         result = sft_page.train(
             start.model,
             start.params,
