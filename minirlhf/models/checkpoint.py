@@ -135,7 +135,7 @@ def save_scalar_model(
 
     transformers reads the score at the last token that is not `pad_token_id` (older versions: at the token
     before the first one that is). We read it at lengths - 1, which is usually the EOS; so the pad id written
-    here is one that no text contains. Pad with it there: `tokenizer.pad_token_id = model.config.pad_token_id`.
+    here is one that no text contains. There, pad with it: `tokenizer.pad_token_id = config.pad_token_id`.
 
     Arguments and errors are those of `save_language_model`; a scale that is not positive is an error.
     """
