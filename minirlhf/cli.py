@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def _parse_flags(name: str, command: type[Command], arguments: list[str]) -> Command | None:
-    default = _defaults(command, _recipe(arguments))
+    default = _defaults(command, _recipe(name, arguments))
     complaint = io.StringIO()  # the parser draws boxes; we want a line
     try:
         with contextlib.redirect_stderr(complaint):
@@ -81,13 +81,16 @@ def _parse_flags(name: str, command: type[Command], arguments: list[str]) -> Com
     return parsed
 
 
-def _recipe(arguments: list[str]) -> RunConfig:
-    """The defaults of the flags: the file after --config, else real data's recipe or the demo's."""
+def _recipe(name: str, arguments: list[str]) -> RunConfig:
+    """The defaults of the flags: the file after --config; else the demo's, real data's, or a stage's own."""
     for position, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--config" and (equals or position + 1 < len(arguments)):
             return load_config(Path(value if equals else arguments[position + 1]), RunConfig)
-    return real() if any(argument.partition("=")[0] == "--preferences" for argument in arguments) else demo()
+    if name in ("run", "world", "model"):
+        on_real_data = any(argument.partition("=")[0] == "--preferences" for argument in arguments)
+        return real() if on_real_data and name == "run" else demo()
+    return RunConfig()
 
 
 def _defaults(command: type[Any], recipe: RunConfig) -> Any:
@@ -96,7 +99,7 @@ def _defaults(command: type[Any], recipe: RunConfig) -> Any:
     for entry in dataclasses.fields(command):
         if entry.name == "recipe":
             values[entry.name] = recipe
-        elif hasattr(recipe, entry.name) and entry.name != "policies":
+        elif hasattr(recipe, entry.name):
             values[entry.name] = getattr(recipe, entry.name)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             values[entry.name] = tyro.MISSING

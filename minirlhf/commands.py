@@ -5,13 +5,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import tyro
 
 from minirlhf import pipeline
-from minirlhf.data import world
-from minirlhf.data.world import WorldConfig
+from minirlhf.data import world_files
+from minirlhf.data.world_files import WorldConfig
 from minirlhf.evaluation.compare import EvaluationConfig
 from minirlhf.evaluation.stage import evaluate
 from minirlhf.recipes import RunConfig, bounded, demo
@@ -26,7 +26,7 @@ from minirlhf.training.workspace import refuse_existing
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Config = TypeVar("Config")
-Flat = Annotated[Config, tyro.conf.OmitArgPrefixes]  # `--learning-rate`, not `--settings.learning-rate`
+Flat = Annotated[Config, tyro.conf.arg(name="")]  # `--learning-rate`, not `--settings.learning-rate`
 
 
 class Command(Protocol):
@@ -49,18 +49,12 @@ class Common:
     """Of everything random."""
     device: Device = "auto"
     """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
-    max_steps: int | None = None
-    """Most optimiser steps (PPO: iterations); None for the recipe's own number."""
     reading: Flat[ReadingConfig] = field(default_factory=ReadingConfig)
 
     @property
     def setting(self) -> Setting:
         """What the stage is told besides its files and its own config."""
         return Setting(self.seed, self.device, self.reading)
-
-    def limited(self, config: Any) -> Any:
-        """The stage's config, bounded by --max-steps."""
-        return bounded(config, self.max_steps)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class World:
         """Writes it and says what it wrote."""
         refuse_existing(self.out)
         with atomic_directory(self.out) as folder:
-            world.write(folder, config=self.world, seed=self.seed)
+            world_files.write(folder, config=self.world, seed=self.seed)
         print(f"wrote {', '.join(sorted(path.name for path in self.out.iterdir()))} to {self.out}")
 
 
@@ -129,11 +123,11 @@ class Model:
     """A TOML file as every run leaves one (RUN/config.toml); flags override it."""
     seed: int = 0
     """Of the weights."""
-    model: Flat[ShapeConfig] = field(default_factory=lambda: demo().model)
+    shape: Flat[ShapeConfig] = field(default_factory=lambda: demo().shape)
 
     def run(self) -> None:
         """Writes it and says its size."""
-        print(stages.new_model(self.tokenizer, self.out, shape=self.model, seed=self.seed))
+        print(stages.new_model(self.tokenizer, self.out, shape=self.shape, seed=self.seed))
 
 
 @dataclass(frozen=True)
@@ -148,9 +142,7 @@ class Pretrain(Common):
 
     def run(self) -> None:
         """Trains and says the losses."""
-        stages.pretrain(
-            self.policy, self.data, self.out, config=self.limited(self.base), setting=self.setting
-        )
+        stages.pretrain(self.policy, self.data, self.out, config=self.base, setting=self.setting)
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ class SFT(Common):
 
     def run(self) -> None:
         """Trains and says the losses."""
-        stages.sft(self.policy, self.data, self.out, config=self.limited(self.sft), setting=self.setting)
+        stages.sft(self.policy, self.data, self.out, config=self.sft, setting=self.setting)
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ class Reward(Common):
             self.data,
             self.out,
             probe=self.probe,
-            config=self.limited(self.reward),
+            config=self.reward,
             normalise=self.normalise,
             setting=self.setting,
         )
@@ -206,6 +198,8 @@ class PPO(Common):
     """Prompts: any of the known formats (.jsonl, .jsonl.gz)."""
     reference: Path | None = None
     """Directory of the model to stay near; left out, the policy as it starts."""
+    max_steps: int | None = None
+    """Most iterations, whatever the other settings say; None: no bound."""
     ppo: Flat[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self) -> None:
@@ -216,7 +210,7 @@ class PPO(Common):
             self.reward_model,
             self.data,
             self.out,
-            config=self.limited(self.ppo),
+            config=bounded(self.ppo, self.max_steps),
             setting=self.setting,
         )
 
@@ -246,7 +240,7 @@ class DPO(Preference):
             self.reference or self.policy,
             self.data,
             self.out,
-            config=self.limited(self.dpo),
+            config=self.dpo,
             setting=self.setting,
         )
 
@@ -264,7 +258,7 @@ class IPO(Preference):
             self.reference or self.policy,
             self.data,
             self.out,
-            config=self.limited(self.ipo),
+            config=self.ipo,
             setting=self.setting,
         )
 

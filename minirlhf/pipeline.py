@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minirlhf.data import world
+from minirlhf.data import world_files
 from minirlhf.data.readers import describe_dropped, read_preferences
 from minirlhf.data.records import Preference
 from minirlhf.data.splits import split_by_prompt
@@ -47,12 +47,12 @@ def run_world(out: Path, config: RunConfig, *, device: str) -> None:
     run = RunLayout(out)
 
     def write_data(folder: Path) -> None:
-        world.write(folder, config=config.world, seed=config.seed)
+        world_files.write(folder, config=config.world, seed=config.seed)
 
     with _open_run(run, config, device, write_data, sources={}) as setting:
         random = run.data / "model"
         stages.new_model(
-            run.data / "tokenizer.json", random, shape=config.model, seed=seed_for(setting, "model")
+            run.data / "tokenizer.json", random, shape=config.shape, seed=seed_for(setting, "model")
         )
         base = run.model("base")
         _announce("base model on the world's plain text")

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from minirlhf.data.world import WorldConfig
+from minirlhf.data.world_files import WorldConfig
 from minirlhf.evaluation.compare import EvaluationConfig
 from minirlhf.runs import InputError
 from minirlhf.training.ppo_config import PPOConfig
@@ -28,7 +28,7 @@ class RunConfig:
     policies: tuple[PolicyName, ...] = ("ppo", "dpo", "ipo")
     """Rows of the table beside SFT, in this order; ppo-no-kl is PPO with a KL coefficient of 0."""
     world: WorldConfig = field(default_factory=WorldConfig)
-    model: ShapeConfig = field(default_factory=ShapeConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     base: SFTConfig = field(default_factory=SFTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -47,7 +47,7 @@ class RunConfig:
 def demo() -> RunConfig:
     """The embedded world with a model of about 1 M parameters, in minutes on two cores."""
     return RunConfig(
-        model=ShapeConfig(n_layer=4, n_embd=128, n_head=4, n_positions=128, initializer_range=0.06),
+        shape=ShapeConfig(n_layer=4, n_embd=128, n_head=4, n_positions=128, initializer_range=0.06),
         base=SFTConfig(learning_rate=2e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=100),
         sft=SFTConfig(learning_rate=1e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=20),
         reward=RewardConfig(
