@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from minirlhf.kernels.logprob import (
     token_logp,
@@ -76,8 +77,8 @@ def test_golden_values_of_a_law_that_is_known() -> None:
     logp, entropy = token_logp_and_entropy(states, unembedding, tokens, mask)
     expected = [0.0, math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)]
     torch.testing.assert_close(logp, torch.tensor([expected]))
-    bits = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
-    torch.testing.assert_close(entropy, torch.tensor([[0.0, bits, bits, bits]]))
+    uncertainty = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    torch.testing.assert_close(entropy, torch.tensor([[0.0, uncertainty, uncertainty, uncertainty]]))
     # At temperature 1/2 the law is [1, 4, 25] / 30.
     sharp = token_logp(states, unembedding, tokens, mask, temperature=0.5)
     torch.testing.assert_close(sharp[0, 1:], torch.tensor([1 / 30, 4 / 30, 25 / 30]).log())
@@ -115,7 +116,8 @@ def test_compact_and_dense_have_the_same_values_and_both_gradients(
 @pytest.mark.parametrize("function", ALL)
 def test_both_gradients_pass_the_numerical_check(function: Callable[..., Tensor]) -> None:
     states, unembedding, tokens, mask = batch(1)
-    states.requires_grad_(), unembedding.requires_grad_()
+    states.requires_grad_()
+    unembedding.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda s, u: tuple(outputs(function, s, u, tokens, mask, tau=0.7)), (states, unembedding)
     )
@@ -180,7 +182,7 @@ def test_the_dense_twins_work_under_vmap_of_grad_over_masks_and_weights(
 ) -> None:
     batches = [batch(seed) for seed in range(4)]
     stacked = tuple(torch.stack(each) for each in zip(*batches, strict=True))
-    together = torch.func.vmap(lambda *args: weighted_gradients(function, args, 0.8))(*stacked)
+    together = torch.func.vmap(lambda s, u, i, m: weighted_gradients(function, (s, u, i, m), 0.8))(*stacked)
     for index, args in enumerate(batches):
         for many, one in zip(together, weighted_gradients(function, args, 0.8), strict=True):
             torch.testing.assert_close(many[index], one, rtol=0, atol=1e-10)
@@ -189,14 +191,18 @@ def test_the_dense_twins_work_under_vmap_of_grad_over_masks_and_weights(
 @pytest.mark.parametrize("function", [token_logp_dense, token_logp_and_entropy_dense])
 def test_the_dense_twins_compile_as_one_graph(function: Callable[..., Tensor]) -> None:
     args = batch(6)
-    compiled = torch.compile(lambda *a: outputs(function, *a, tau=0.8), fullgraph=True, backend="aot_eager")
+
+    def run(states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        return outputs(function, states, unembedding, tokens, mask, tau=0.8)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for got, right in zip(compiled(*args), outputs(function, *args, tau=0.8), strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
 
 
 def test_masked_tokens_cost_no_product_with_the_unembedding() -> None:
     states, unembedding, tokens, mask = batch(7, b=4, t=32, d=8, v=50)
-    counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False)
     with counter:
         token_logp(states, unembedding, tokens, mask)
     assert counter.get_total_flops() == 2 * int(mask.sum()) * 8 * 50

@@ -126,9 +126,8 @@ def test_greedy_continuations_equal_theirs_with_and_without_cache(
 def test_a_directory_we_wrote_gives_the_same_logits_there(changes: dict[str, Any], tmp_path: Path) -> None:
     model, params = tiny(**changes)
     save_language_model(tmp_path / "out", model, params, tokenizer=None)
-    reference, report = transformers.GPT2LMHeadModel.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    load: Any = transformers.GPT2LMHeadModel.from_pretrained
+    reference, report = load(tmp_path / "out", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["mismatched_keys"]
     assert not set(report["missing_keys"]) - {"lm_head.weight"}, "the tied head alone may be absent"
     tokens, _ = ragged(vocab_size=model.config.vocab_size)
