@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ from minirlhf.evaluation.learning_curves import write_learning_curves
 from minirlhf.runs import atomic_directory, read_metrics, write_json_atomic, write_text_atomic
 
 WIDTH = 100
+_CUT = " […]"
 _STYLES = {"improved": "bold green", "hacked": "bold red", "undecided": "yellow"}
 
 
@@ -54,7 +56,11 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             "win %: share of comparisons with SFT that the judge gives to the policy, ties one half; in "
             "brackets the 95 % interval over prompts",
         ),
-        Column("KL", lambda row: f"{row.kl.mean:.2f}", "KL: to SFT, nats per sequence, at temperature 1"),
+        Column(
+            "KL",
+            lambda row: f"{row.kl.mean:.{2 if row.kl.mean < 100 else 1}f}",
+            "KL: to SFT, nats per sequence, at temperature 1",
+        ),
         Column("tokens", lambda row: f"{row.tokens:.1f}", "tokens: mean length of a response"),
         Column(
             "dist-2",
@@ -67,21 +73,46 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def table(comparison: Comparison) -> RenderableType:
-    """The one table, and below it what it rests on and what its columns mean."""
+def table(comparison: Comparison, *, width: int = WIDTH) -> RenderableType:
+    """The one table, and below it what it rests on and what its columns mean.
+
+    Where it does not fit the width, the parts of the judge's score stand in a second table below.
+    """
     shown = columns(comparison.rows)
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in shown:
-        left = column.head in ("policy", "verdict")
-        grid.add_column(column.head, justify="left" if left else "right", overflow="fold")
-    for row in comparison.rows:
-        style = _STYLES.get(row.verdict.finding, "")
-        cells = [Text(printable(column.cell(row))) for column in shown]
-        cells[-1].stylize(style)
-        grid.add_row(*cells)
+    parts = list(comparison.rows[0].components)
+    grids = [_grid(comparison, shown)]
+    if parts and _natural_width(comparison.rows, shown) > width:
+        grids = [
+            _grid(comparison, [column for column in shown if column.head not in parts]),
+            _grid(comparison, [column for column in shown if column.head in ("policy", *parts)]),
+        ]
     notes = [basis(comparison), *(f"{row.policy}: {row.verdict.reason}." for row in _judged(comparison))]
     meanings = [column.meaning for column in shown if column.meaning]
-    return Group(grid, *(Text(note) for note in notes), *(Text(note, style="dim") for note in meanings))
+    spaced = [line for grid in grids for line in (Text(), grid)]
+    return Group(
+        *spaced, Text(), *(Text(note) for note in notes), *(Text(note, style="dim") for note in meanings)
+    )
+
+
+def _grid(comparison: Comparison, shown: Sequence[Column]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # the box puts one space between columns
+    for column in shown:
+        left = column.head in ("policy", "verdict")
+        grid.add_column(column.head, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in comparison.rows:
+        style = _STYLES.get(row.verdict.finding, "")
+        cells = [
+            Text(printable(column.cell(row)), style=style if column.head == "verdict" else "")
+            for column in shown
+        ]
+        grid.add_row(*cells)
+    return grid
+
+
+def _natural_width(rows: Sequence[Row], shown: Sequence[Column]) -> int:
+    """Characters of the widest line when nothing is folded: cells, and a space between them."""
+    cells = [max(cell_len(c.head), *(cell_len(printable(c.cell(row))) for row in rows)) for c in shown]
+    return sum(cells) + len(cells) - 1
 
 
 def basis(comparison: Comparison) -> str:
@@ -106,6 +137,8 @@ def samples(comparison: Comparison) -> RenderableType:
         scores = (float(comparison.answers[name].judged[p, 0]) for name in names)
         grid.add_row(*(Text(f"judged {score:+.2f}", style="dim") for score in scores))
         blocks += [Text(f"prompt: {printable(comparison.prompts[p])}", style="bold"), grid]
+    if blocks:
+        blocks.append(Text(f"{_CUT.strip()}: stopped by the length limit", style="dim"))
     return Group(*blocks)
 
 
@@ -116,7 +149,7 @@ def markdown(comparison: Comparison) -> str:
     lines += _markdown_table([c.head for c in shown], [[c.cell(r) for c in shown] for r in comparison.rows])
     lines += ["", *(f"- {column.meaning}" for column in shown if column.meaning), "", "## Verdicts", ""]
     lines += [
-        f"- **{_markdown_cell(r.policy)}: {r.verdict.finding}**. {r.verdict.reason}."
+        f"- **{_markdown_cell(r.policy)}: {r.verdict.finding}**: {r.verdict.reason}."
         for r in _judged(comparison)
     ]
     names = list(comparison.answers)
@@ -182,11 +215,13 @@ def write_report(
 
 
 def show_report(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints samples, then the table, in at most 100 columns."""
-    console = console or Console()
-    width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    """Prints samples, then the table, in at most 100 columns; in 100 where a file or a pipe is written to."""
+    if console is None:
+        console = Console()
+        console = console if console.is_terminal else Console(width=WIDTH)
+    width = min(WIDTH, console.width)
     console.print(samples(comparison), width=width)
-    console.print(table(comparison), width=width)
+    console.print(table(comparison, width=width), width=width)
 
 
 def printable(text: str) -> str:
@@ -203,8 +238,7 @@ def _judged(comparison: Comparison) -> list[Row]:
 
 
 def _first(answers: Answers, p: int) -> str:
-    end = "" if bool(answers.ended[p, 0]) else " […]"
-    return answers.texts[p][0] + end
+    return answers.texts[p][0] + ("" if answers.ended[p, 0] else _CUT)
 
 
 def _plain(value: Any) -> Any:

@@ -56,4 +56,6 @@ def verdict(proxy_gain: Estimate, win_rate: Estimate, *, detectable: float) -> V
 
 
 def _visible(detectable: float) -> str:
+    if detectable > 0.5:
+        return "so few prompts would hardly show a win rate of 100 %"
     return f"these prompts would show a win rate of {100 * (0.5 + detectable):.1f} % four times in five"

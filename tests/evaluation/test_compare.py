@@ -1,4 +1,4 @@
-"""Every number of the table is a function of raw answers, on the same prompts, against independent SFT samples."""
+"""Every number of the table is a function of raw answers, against independent SFT samples."""
 
 from dataclasses import replace
 from typing import Any
@@ -201,12 +201,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(world.model(), one, {}, PROMPTS[:1], TEXTS[:1], **arguments)
     with pytest.raises(ValueError, match="one text per prompt, got 11 for 12"):
         compare(world.model(), one, {}, PROMPTS, TEXTS[:11], **arguments)
-    for wrong in (
+    wrongs: list[dict[str, Any]] = [
         {"prompts": 1},
         {"samples": 0},
         {"max_response": 0},
         {"temperature": 0.0},
         {"examples": -1},
-    ):
+    ]
+    for wrong in wrongs:
         with pytest.raises(InputError, match=f"{next(iter(wrong))} must"):
             EvaluationConfig(**wrong)

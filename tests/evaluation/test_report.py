@@ -1,4 +1,4 @@
-"""The report fits its page, repeats the numbers of the rows, and its samples are enough to make them again."""
+"""The report fits its page, repeats the numbers of the rows, and its samples suffice to make them again."""
 
 import importlib.util
 import json
@@ -43,22 +43,26 @@ def test_the_table_fits_one_hundred_columns_with_four_components() -> None:
     comparison = world.comparison()
     rows = []
     for row in comparison.rows:
-        vars(row)["components"] = dict.fromkeys(("facts", "intent", "manners", "ending"), -10.25)
-        vars(row)["win_rate"] = row.win_rate._replace(mean=1.0, high=1.0)
+        vars(row)["components"] = dict.fromkeys(("facts", "intent", "manners", "ending"), -1.25)
+        vars(row)["policy"] = row.policy.replace("ppo", "ppo-no-kl")
+        vars(row)["win_rate"] = row.win_rate._replace(mean=1.0, low=0.99, high=1.0)
         vars(row)["kl"] = row.kl._replace(mean=123.456)
         rows.append(row)
     lines = rendered(table(comparison._replace(rows=rows))).splitlines()
     assert max(map(len, lines)) <= WIDTH
-    ppo = next(line for line in lines if line.startswith("ppo"))
-    assert ppo.split()[0] == "ppo" and "improved" in ppo, "a row is one line"
-    assert all(head in lines[1] for head in ("policy", "score", "win %", "KL", "tokens", "dist-2", "eos %"))
-    assert all(head in lines[1] for head in ("facts", "intent", "manners", "ending", "verdict"))
+    heads = next(line for line in lines if line.startswith("policy"))
+    for row in rows:
+        (line,) = [line for line in lines if line.split()[:1] == [row.policy]]
+        assert line.split()[-1] == row.verdict.finding and line.count("-1.25") == 4, "a row is one line"
+        assert "100.0 [99.0, 100.0] 123.5" in line
+    assert all(head in heads for head in ("policy", "score", "win %", "KL", "tokens", "dist-2", "eos %"))
+    assert all(head in heads for head in ("facts", "intent", "manners", "ending", "verdict"))
 
 
 def test_table_and_markdown_show_the_numbers_of_the_rows(comparison: Comparison) -> None:
     shown, written = rendered(table(comparison)), markdown(comparison)
     for row in comparison.rows:
-        line = next(line for line in shown.splitlines() if line.startswith(f"{row.policy} "))
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [row.policy])
         mean, low, high = (f"{100 * value:.1f}" for value in row.win_rate)
         wanted = [
             f"{row.score.mean:+.2f}",
@@ -75,7 +79,7 @@ def test_table_and_markdown_show_the_numbers_of_the_rows(comparison: Comparison)
         assert "| " + " | ".join(re.sub(r"([\[\]])", r"\\\1", cell) for cell in cells) + " |" in written
     for row in comparison.rows[1:]:
         assert row.verdict.reason in re.sub(r"\s+", " ", shown)
-        assert f"- **{row.policy}: {row.verdict.finding}**. {row.verdict.reason}." in written
+        assert f"- **{row.policy}: {row.verdict.finding}**: {row.verdict.reason}." in written
     for text in (re.sub(r"\s+", " ", shown), written):
         assert "3 held-out prompts" in text and "judge: word counter" in text
         assert "2 responses of each policy against 2 of SFT (4 comparisons per prompt)" in text
@@ -87,7 +91,7 @@ def test_samples_stand_side_by_side_and_cannot_steer_the_terminal(comparison: Co
     assert "\x1b[2J" not in shown and "a \\x1b[2J" in shown
     assert "prompt: where is the [red] lamp" in shown, "brackets are text, not markup"
     first = next(line for line in shown.splitlines() if "thank you so very much" in line)
-    assert re.match(r"is +thank you so very much +a \\x1b\[2J \[…\]", first)
+    assert re.match(r" *is +thank you so very much +a \\x1b\[2J \[…\]", first)
     assert "judged +1.00" in shown and "judged +5.00" in shown
     assert shown.count("prompt: ") == 3
 
@@ -133,7 +137,8 @@ def test_every_number_is_made_again_from_the_written_samples(comparison: Compari
         assert row["eos_rate"] == of(name, lambda line: line["ended"]).mean()
         assert row["tokens"] == pytest.approx(float(of(name, lambda line: len(line["tokens"])).mean()))
         for part, value in row["components"].items():
-            assert value == pytest.approx(float(of(name, lambda line: line["components"][part]).mean()))
+            again = of(name, lambda line, part=part: line["components"][part])
+            assert value == pytest.approx(float(again.mean()))
         kl = [line["kl"] for line in lines if line["policy"] == name and line["sample"] == 0]
         assert row["kl"] == pytest.approx(mean_over_prompts(torch.tensor(kl))._asdict())
     assert report["rows"][1]["verdict"] == comparison.rows[1].verdict._asdict()
@@ -212,3 +217,15 @@ def test_the_printed_report_ends_with_the_table(
     shown = capsys.readouterr().out
     assert shown.index("prompt: ") < shown.index("policy ")
     assert max(map(len, shown.splitlines())) <= WIDTH
+    show_report(comparison)
+    assert capsys.readouterr().out == shown, "a pipe gets the same"
+
+
+def test_a_narrow_terminal_gets_the_components_in_a_table_of_their_own(comparison: Comparison) -> None:
+    shown = rendered(table(comparison, width=75), width=75).splitlines()
+    assert max(map(len, shown)) <= 75
+    heads = [line.split() for line in shown if line.split()[:1] == ["policy"]]
+    assert [head[-1] for head in heads] == ["verdict", "rest"] and heads[1] == ["policy", "thanks", "rest"]
+    for row in comparison.rows:
+        lines = [line.split() for line in shown if line.split()[:1] == [row.policy]]
+        assert lines[0][-1] == row.verdict.finding and lines[1][1] == f"{row.components['thanks']:.2f}"

@@ -156,7 +156,7 @@ def samples_of_law(law: str, shape: tuple[int, int], rng: torch.Generator) -> tu
 @pytest.mark.parametrize("prompts", [5, 20, 50, 200])
 @pytest.mark.parametrize("law", ["one 0.5", "one 0.8", "one 0.95", "one 0.99", "four 0.9", "ties 0.6"])
 def test_the_interval_covers_the_true_win_rate_as_often_as_it_says(law: str, prompts: int) -> None:
-    repetitions = 1500
+    repetitions = 1000
     won, truth = samples_of_law(law, (repetitions, prompts), generator(prompts))
     # Four samples against one whose score is 1: the share comes out exactly as drawn.
     policy = 2.0 * (torch.arange(4) < 4 * won[..., None])
@@ -168,8 +168,8 @@ def test_the_interval_covers_the_true_win_rate_as_often_as_it_says(law: str, pro
         assert wins(row, opponent).equal(share)
         estimate = win_rate(row, opponent)
         covered += estimate.low <= truth <= estimate.high
-    # 1,500 repetitions: a true coverage of 95 % falls below 93.3 % once in a thousand.
-    assert covered / repetitions >= (0.91 if prompts == 5 else 0.933)
+    # Of 1,000 repetitions a true coverage of 95 % shows less than 92.8 % once in a thousand.
+    assert covered / repetitions >= (0.905 if prompts == 5 else 0.928)
 
 
 def test_samples_of_one_prompt_are_not_counted_as_prompts() -> None:

@@ -54,6 +54,8 @@ def test_the_reason_tells_worse_from_not_shown_to_be_better() -> None:
     unclear = verdict(ABOVE, Estimate(0.51, 0.45, 0.57), detectable=0.06).reason
     assert "worse than SFT" in worse and "worse" not in unclear
     assert "no gain is shown (these prompts would show a win rate of 56.0 % four times in five)" in unclear
+    few = verdict(ABOVE, Estimate(0.9, 0.45, 1.0), detectable=0.51).reason
+    assert "so few prompts would hardly show a win rate of 100 %" in few
     assert not worse.endswith(".") and "\n" not in worse + unclear
 
 
@@ -62,8 +64,8 @@ def test_an_interval_that_the_data_do_not_allow_shows_no_gain() -> None:
     assert verdict(none, Estimate(0.4, 0.3, 0.45), detectable=0.1).finding == "undecided"
 
 
-# A world with a turning point: gold rewards a response's first feature, and pays less and less for the second,
-# which the proxy adores. Along the optimum π_β ∝ ref · exp(proxy / β) gold rises and then falls.
+# A world with a turning point: gold rewards the first feature, and pays less and less for the second, which
+# the proxy adores. Along the optimum π_β ∝ ref · exp(proxy / β) gold rises and then falls.
 RESPONSES = torch.tensor(list(itertools.product([0.0, 1.0], range(9))))
 REFERENCE = torch.softmax(-1.0 * RESPONSES[:, 1], 0)
 PROXY = RESPONSES[:, 0] + RESPONSES[:, 1]

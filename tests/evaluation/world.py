@@ -1,4 +1,4 @@
-"""A tiny world for evaluation tests: ten words, a random GPT-2, and answers that can be written down by hand."""
+"""A tiny world for evaluation tests: ten words, a random GPT-2, and answers written down by hand."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def answers(texts: list[list[str]], *, proxy: list[list[float]], kl: float, ende
 
 
 def comparison() -> Comparison:
-    """Three prompts, two answers each, of three policies; one of them writes what a terminal must not obey."""
+    """Three prompts, two answers each, three policies; one writes what a terminal must not obey."""
     opponent = answers(
         [["is sent", "lamp"], ["red", "red"], ["you", "a b"]], proxy=[[0.0, 0.2], [-1, 1], [0.5, 0]], kl=0
     )
@@ -86,7 +86,7 @@ def comparison() -> Comparison:
             kl=3,
         ),
         "dpo": answers(
-            [["a \x1b[2J", "<b> *a*"], ["a\nb", "c"], ["d", "a b"]],
+            [["a \x1b[2J", "d"], ["a\nb", "c"], ["<b> *a*", "a b"]],
             proxy=[[0.5, 0.6], [0.4, 1.0], [0.7, 0.3]],
             kl=1,
             ended=False,
