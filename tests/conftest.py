@@ -1,4 +1,4 @@
-"""How the whole suite runs: reproducible examples, no deadline, one thread unless the caller says otherwise."""
+"""How the whole suite runs: reproducible examples, no deadline, one thread unless the caller says so."""
 
 import os
 import sys

@@ -101,7 +101,7 @@ def clip_indicator(
     rho = log_ratio(logp, old_logp, mask).exp()
     too_high = (advantage > 0) & (rho > 1 + clip_high)
     too_low = (advantage < 0) & (rho < 1 - clip_low)
-    return mask & (too_high | too_low)
+    return too_high | too_low  # under the mask ρ is 1, which nothing clips
 
 
 def clipped_surrogate_loss(

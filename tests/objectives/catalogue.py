@@ -1,7 +1,7 @@
 """Every objective that takes a mask, in one form, so that one test can be run over all of them.
 
-A case calls its function with tensors [B, T] (or [B, T, 3] where `vocabulary` is set; the score of
-`kl_shaped_reward` is a first column that is reduced to [B]) and a mask, and says what kind of result it gives.
+A case calls its function with tensors [B, T] (or [B, T, 3] where `vocabulary` is set) and a mask, and says
+what kind of result it gives.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,12 @@ from minirlhf.objectives import advantages, divergence, masked, policy, supervis
 
 
 class Case(NamedTuple):
-    """name: of the function (and its variant, after a colon); tensors: how many it takes; call: (tensors, mask)
-    -> Tensor; kind: "token" [B, T] from its own token alone, "row" [B, T] from its own row alone, "sequence" [B],
-    or "batch" (from all rows); smooth: whether finite differences hold at generic points."""
+    """One function in one variant (named after a colon).
+
+    tensors: how many it takes; call: (*tensors, mask) -> result; kind: "token" is [B, T] where each element
+    depends on its own token, "row" is [B, T] on its own row, "sequence" is [B] on its own row, "batch"
+    depends on all rows; boolean: the result is bool and has no gradient.
+    """
 
     name: str
     tensors: int
@@ -24,7 +27,6 @@ class Case(NamedTuple):
     kind: str
     vocabulary: bool = False
     boolean: bool = False
-    smooth: bool = True
 
 
 def _surrogate(dual_clip: float | None) -> Callable[..., Tensor]:
@@ -46,7 +48,7 @@ def _indicator(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor) 
 
 
 def _shaped(kl: Tensor, mask: Tensor) -> Tensor:
-    return divergence.kl_shaped_reward(torch.full_like(kl[..., 0], 1.5).nan_to_num(), kl, mask, beta=0.1)
+    return divergence.kl_shaped_reward(torch.full_like(kl[..., 0], 1.5), kl, mask, beta=0.1)
 
 
 CASES = [

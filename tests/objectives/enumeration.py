@@ -1,7 +1,7 @@
 """A language of 15 sequences, small enough to take every expectation exactly.
 
-Tokens 0 = EOS, 1, 2; a sequence ends at its first EOS or is cut at 3 tokens. A policy is a table of logits for
-each of the 7 prefixes. Logits and rewards are the closed forms of the project's enumerable world.
+Tokens 0 = EOS, 1, 2; a sequence ends at its first EOS or is cut at 3 tokens. A policy is a table of logits,
+one row for each of the 7 prefixes. Logits and rewards have closed forms.
 """
 
 import itertools

@@ -18,10 +18,10 @@ from minirlhf.objectives.advantages import (
 )
 from minirlhf.objectives.masked import token_mean, token_variance
 from tests.objectives import oracles
+from tests.objectives.assertions import close
 from tests.objectives.enumeration import (
     MASK,
     PREFIXES,
-    REFERENCE,
     REWARD,
     SEQUENCES,
     STATES,
@@ -32,7 +32,6 @@ from tests.objectives.enumeration import (
 from tests.objectives.strategies import Batch, batches, numbers
 
 fractions = st.sampled_from([0.0, 0.3, 0.7, 0.95, 0.99, 1.0])
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def t(*values: float) -> Tensor:
@@ -76,7 +75,7 @@ def test_gae_equals_the_loop(batch: Batch, gamma: float, lam: float, data: st.Da
     reward, value = batch.tensors
     bootstrap = data.draw(numbers(batch.mask.shape[0]))
     got = gae(reward, value, batch.mask, gamma=gamma, lam=lam, bootstrap_value=bootstrap)
-    torch.testing.assert_close(got, looped_gae(reward, value, batch.mask, gamma, lam, bootstrap), **EXACT)
+    close(got, looped_gae(reward, value, batch.mask, gamma, lam, bootstrap))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 1024])
@@ -85,7 +84,7 @@ def test_gae_equals_the_loop_at_any_length(length: int, gamma: float, lam: float
     reward, value, bootstrap = generic(3, length), generic(3, length, seed=1), generic(3, seed=2)
     mask = generic(3, length, seed=3) > -1
     got = gae(reward, value, mask, gamma=gamma, lam=lam, bootstrap_value=bootstrap)
-    torch.testing.assert_close(got, looped_gae(reward, value, mask, gamma, lam, bootstrap), **EXACT)
+    close(got, looped_gae(reward, value, mask, gamma, lam, bootstrap))
 
 
 def test_gae_in_fp32_stays_close_to_fp64_over_a_thousand_tokens() -> None:
@@ -120,8 +119,8 @@ def test_gae_with_lambda_one_is_return_minus_value(batch: Batch, gamma: float, d
     bootstrap = data.draw(numbers(batch.mask.shape[0]))
     estimate = gae(reward, value, batch.mask, gamma=gamma, lam=1.0, bootstrap_value=bootstrap)
     returns = discounted_return(reward, batch.mask, gamma=gamma, bootstrap_value=bootstrap)
-    torch.testing.assert_close(estimate.ret, returns, **EXACT)
-    torch.testing.assert_close(estimate.advantage, torch.where(batch.mask, returns - value, 0.0), **EXACT)
+    close(estimate.ret, returns)
+    close(estimate.advantage, torch.where(batch.mask, returns - value, 0.0))
 
 
 @given(batches(tensors=2), fractions, fractions)
@@ -129,7 +128,7 @@ def test_returns_are_advantage_plus_value_where_it_counts(batch: Batch, gamma: f
     reward, value = batch.tensors
     estimate = gae(reward, value, batch.mask, gamma=gamma, lam=lam)
     expected = torch.where(batch.mask, estimate.advantage + value, 0.0)
-    torch.testing.assert_close(estimate.ret, expected, **EXACT)
+    close(estimate.ret, expected)
 
 
 def test_gae_is_the_exponential_mixture_of_n_step_advantages() -> None:
@@ -176,9 +175,7 @@ def test_gae_is_linear_in_rewards_and_values_together(batch: Batch, gamma: float
     def advantage(reward: Tensor, value: Tensor) -> Tensor:
         return gae(reward, value, batch.mask, gamma=gamma, lam=lam).advantage
 
-    torch.testing.assert_close(
-        advantage(r + 2 * s, v + 2 * w), advantage(r, v) + 2 * advantage(s, w), **EXACT
-    )
+    close(advantage(r + 2 * s, v + 2 * w), advantage(r, v) + 2 * advantage(s, w))
 
 
 @given(batches(tensors=3, holes=False), fractions, fractions)
@@ -188,7 +185,7 @@ def test_potential_shaping_leaves_the_advantages_unchanged(batch: Batch, gamma: 
     after = torch.cat([inside[:, 1:], torch.zeros_like(inside[:, :1])], dim=1)
     shaped = gae(reward + gamma * after - inside, value - inside, batch.mask, gamma=gamma, lam=lam)
     plain = gae(reward, value, batch.mask, gamma=gamma, lam=lam)
-    torch.testing.assert_close(shaped.advantage, plain.advantage, **EXACT)
+    close(shaped.advantage, plain.advantage)
 
 
 def test_masked_interior_tokens_are_stepped_over_undecayed() -> None:
@@ -196,7 +193,7 @@ def test_masked_interior_tokens_are_stepped_over_undecayed() -> None:
     reward, value = t(0.1, 9, 9, 0.2, 1.0)[None], t(0.3, 9, 9, 0.4, 0.5)[None]
     got = gae(reward, value, mask, gamma=0.9, lam=0.8)
     short = gae(t(0.1, 0.2, 1.0)[None], t(0.3, 0.4, 0.5)[None], full(1, 3), gamma=0.9, lam=0.8)
-    torch.testing.assert_close(got.advantage[mask], short.advantage[0], **EXACT)
+    close(got.advantage[mask], short.advantage[0])
     assert got.advantage[0, 1:3].tolist() == [0.0, 0.0]
 
 
@@ -253,7 +250,6 @@ def test_gae_gradients_are_unbiased_exactly_when_theory_says_so() -> None:
     for lam in (0.0, 0.5):
         error = (expected_policy_gradient(logits, wrong, lam) - true).norm() / true.norm()
         assert error.item() > 0.05, "with a wrong critic and λ < 1 the estimate is biased"
-    assert REFERENCE.shape == logits.shape
 
 
 def test_gae_compiles_as_one_full_graph_and_equals_eager() -> None:
@@ -264,7 +260,7 @@ def test_gae_compiles_as_one_full_graph_and_equals_eager() -> None:
         return gae(r, v, m, gamma=0.99, lam=0.95)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(reward, value, mask), call(reward, value, mask), **EXACT)
+    close(compiled(reward, value, mask), call(reward, value, mask))
 
 
 def test_the_graph_of_gae_grows_with_the_logarithm_of_time() -> None:
@@ -291,7 +287,7 @@ def test_many_gammas_at_once_by_vmap() -> None:
     reward, value, grid = generic(2, 5), generic(2, 5, seed=1), t(0.5, 0.9, 1.0)
     got = vmap(lambda g: gae(reward, value, full(2, 5), gamma=g, lam=g).advantage)(grid)
     looped = [gae(reward, value, full(2, 5), gamma=g, lam=g).advantage for g in grid.tolist()]
-    torch.testing.assert_close(got, torch.stack(looped), **EXACT)
+    close(got, torch.stack(looped))
 
 
 # returns
@@ -304,7 +300,7 @@ def test_discounted_return_equals_the_explicit_sum(batch: Batch, gamma: float, d
     rows = zip(reward.tolist(), mask.tolist(), bootstrap.tolist(), strict=True)
     expected = filled([oracles.discounted_return(r, m, gamma, b) for r, m, b in rows])
     got = discounted_return(reward, mask, gamma=gamma, bootstrap_value=bootstrap)
-    torch.testing.assert_close(got, expected, **EXACT)
+    close(got, expected)
     without = discounted_return(reward, mask, gamma=gamma)
     torch.testing.assert_close(
         without, discounted_return(reward, mask, gamma=gamma, bootstrap_value=0 * bootstrap)

@@ -118,12 +118,14 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient_and_nothing_is_clipped
 @given(batches(tensors=3))
 def test_the_clip_only_ever_makes_the_loss_larger_and_infinity_never_clips(batch: Batch) -> None:
     logp, old_logp, advantage = batch.tensors
-    plain = clipped_surrogate_loss(*batch.tensors, batch.mask, clip_low=math.inf, clip_high=math.inf)
+    plain = clipped_surrogate_loss(
+        logp, old_logp, advantage, batch.mask, clip_low=math.inf, clip_high=math.inf
+    )
     weighted = -ratio(logp, old_logp, batch.mask) * advantage
     torch.testing.assert_close(plain, weighted, rtol=1e-12, atol=1e-12)
-    clipped = clipped_surrogate_loss(*batch.tensors, batch.mask, clip_low=LOW, clip_high=HIGH)
+    clipped = clipped_surrogate_loss(logp, old_logp, advantage, batch.mask, clip_low=LOW, clip_high=HIGH)
     assert bool((clipped >= plain - 1e-12).all())
-    indicated = clip_indicator(*batch.tensors, batch.mask, clip_low=LOW, clip_high=HIGH)
+    indicated = clip_indicator(logp, old_logp, advantage, batch.mask, clip_low=LOW, clip_high=HIGH)
     assert not bool((clipped != plain)[~indicated & ((clipped - plain).abs() > 1e-9)].any())
 
 
@@ -174,10 +176,9 @@ def test_a_ratio_that_overflows_makes_no_nan_where_it_does_not_matter(dtype: tor
 
 def test_nan_where_it_counts_is_not_swallowed() -> None:
     for position in range(3):
-        tensors = [t(0.1), t(0.0), t(1.0)]
-        tensors[position] = t(math.nan)
+        logp, old, advantage = (t(math.nan) if i == position else t(x) for i, x in enumerate((0.1, 0.0, 1.0)))
         loss = clipped_surrogate_loss(
-            *tensors, torch.tensor([True]), clip_low=LOW, clip_high=HIGH, dual_clip=DUAL
+            logp, old, advantage, torch.tensor([True]), clip_low=LOW, clip_high=HIGH, dual_clip=DUAL
         )
         assert bool(loss.isnan().all())
 

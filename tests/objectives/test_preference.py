@@ -27,7 +27,9 @@ def t(*values: float) -> Tensor:
 
 
 PAIR = (t(-10.0), t(-12.0), t(-15.0), t(-11.0))
-quadruples = st.tuples(*[numbers(3, low=-40, high=0)] * 4)
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+rows_of_logps = numbers(3, low=-40, high=0)
+quadruples = st.tuples(rows_of_logps, rows_of_logps, rows_of_logps, rows_of_logps)
 betas = st.sampled_from([0.01, 0.1, 0.5, 1.0, 3.0])
 smoothings = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.49])
 
@@ -126,25 +128,23 @@ def test_dpo_golden_pair() -> None:
     assert implicit_reward(PAIR[1], PAIR[3], beta=0.1).item() == pytest.approx(-0.1)
     for beta, loss in ((0.1, 0.437488), (0.01, 0.663597), (0.5, 0.048587), (1.0, 0.002476)):
         assert dpo_loss(*PAIR, beta=beta).item() == pytest.approx(loss, abs=5e-7)
-    slopes = grad(lambda *a: dpo_loss(*a, beta=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
+    slopes = grad(lambda a, b, c, d: dpo_loss(a, b, c, d, beta=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
     golden = (-0.035434, 0.035434, 0.035434, -0.035434)
     assert [s.item() for s in slopes] == pytest.approx(golden, abs=5e-7)
 
 
 @given(quadruples, betas, smoothings)
-def test_dpo_and_conservative_dpo_equal_the_scalar_oracle(
-    logps: tuple[Tensor, ...], beta: float, smoothing: float
-) -> None:
-    rows = list(zip(*(x.tolist() for x in logps), strict=True))
-    plain = t(*(oracles.dpo(*row, beta) for row in rows))
+def test_dpo_and_conservative_dpo_equal_the_scalar_oracle(logps: Four, beta: float, smoothing: float) -> None:
+    rows = torch.stack(logps, dim=-1).tolist()
+    plain = t(*(oracles.dpo(*row, beta=beta) for row in rows))
     torch.testing.assert_close(dpo_loss(*logps, beta=beta), plain, rtol=1e-12, atol=1e-12)
-    smooth = t(*(oracles.conservative_dpo(*row, beta, smoothing) for row in rows))
+    smooth = t(*(oracles.conservative_dpo(*row, beta=beta, smoothing=smoothing) for row in rows))
     got = conservative_dpo_loss(*logps, beta=beta, label_smoothing=smoothing)
     torch.testing.assert_close(got, smooth, rtol=1e-12, atol=1e-12)
 
 
 @given(quadruples, betas)
-def test_dpo_is_bradley_terry_on_implicit_rewards(logps: tuple[Tensor, ...], beta: float) -> None:
+def test_dpo_is_bradley_terry_on_implicit_rewards(logps: Four, beta: float) -> None:
     chosen, rejected, ref_chosen, ref_rejected = logps
     rewards = (
         implicit_reward(chosen, ref_chosen, beta=beta),
@@ -155,7 +155,7 @@ def test_dpo_is_bradley_terry_on_implicit_rewards(logps: tuple[Tensor, ...], bet
 
 
 @given(quadruples, betas)
-def test_dpo_swap_identity(logps: tuple[Tensor, ...], beta: float) -> None:
+def test_dpo_swap_identity(logps: Four, beta: float) -> None:
     chosen, rejected, ref_chosen, ref_rejected = logps
     swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta=beta)
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -164,24 +164,25 @@ def test_dpo_swap_identity(logps: tuple[Tensor, ...], beta: float) -> None:
 
 @given(quadruples, betas, st.sampled_from([(0, 1), (2, 3), (0, 2), (1, 3)]))
 def test_dpo_ignores_constants_of_the_prompt_and_of_a_response(
-    logps: tuple[Tensor, ...], beta: float, pair: tuple[int, int]
+    logps: Four, beta: float, pair: tuple[int, int]
 ) -> None:
-    shifted = [x + 2.5 if i in pair else x for i, x in enumerate(logps)]
-    torch.testing.assert_close(dpo_loss(*shifted, beta=beta), dpo_loss(*logps, beta=beta))
+    a, b, c, d = (x + 2.5 if i in pair else x for i, x in enumerate(logps))
+    torch.testing.assert_close(dpo_loss(a, b, c, d, beta=beta), dpo_loss(*logps, beta=beta))
 
 
 @given(quadruples, betas)
-def test_dpo_depends_on_beta_times_the_margin_only(logps: tuple[Tensor, ...], beta: float) -> None:
-    halved = dpo_loss(*(x / 2 for x in logps), beta=2 * beta)
+def test_dpo_depends_on_beta_times_the_margin_only(logps: Four, beta: float) -> None:
+    a, b, c, d = (x / 2 for x in logps)
+    halved = dpo_loss(a, b, c, d, beta=2 * beta)
     torch.testing.assert_close(halved, dpo_loss(*logps, beta=beta))
 
 
 @given(quadruples, betas)
-def test_dpo_gradient_is_beta_times_the_probability_of_error(logps: tuple[Tensor, ...], beta: float) -> None:
+def test_dpo_gradient_is_beta_times_the_probability_of_error(logps: Four, beta: float) -> None:
     chosen, rejected, ref_chosen, ref_rejected = logps
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     expected = -beta * torch.sigmoid(-beta * h)
-    slopes = grad(lambda *a: dpo_loss(*a, beta=beta).sum(), argnums=(0, 1))(*logps)
+    slopes = grad(lambda a, b, c, d: dpo_loss(a, b, c, d, beta=beta).sum(), argnums=(0, 1))(*logps)
     torch.testing.assert_close(slopes[0], expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(slopes[1], -expected, rtol=1e-9, atol=1e-12)
 
@@ -233,7 +234,7 @@ def test_conservative_dpo_has_its_minimum_at_the_log_odds_over_beta(smoothing: f
 
 def test_ipo_golden_pair() -> None:
     assert ipo_summed_loss(*PAIR, tau=0.1).item() == pytest.approx(1.0)
-    slopes = grad(lambda *a: ipo_summed_loss(*a, tau=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
+    slopes = grad(lambda a, b, c, d: ipo_summed_loss(a, b, c, d, tau=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
     assert [s.item() for s in slopes] == pytest.approx([2.0, -2.0, -2.0, 2.0])
 
 
@@ -242,23 +243,24 @@ lengths = st.lists(st.integers(1, 20), min_size=3, max_size=3).map(torch.tensor)
 
 @given(quadruples, lengths, lengths, betas)
 def test_ipo_equals_the_scalar_oracle(
-    logps: tuple[Tensor, ...], chosen_length: Tensor, rejected_length: Tensor, tau: float
+    logps: Four, chosen_length: Tensor, rejected_length: Tensor, tau: float
 ) -> None:
-    rows = list(zip(*(x.tolist() for x in logps), strict=True))
-    summed = t(*(oracles.ipo(*row, tau) for row in rows))
+    rows = torch.stack(logps, dim=-1).tolist()
+    summed = t(*(oracles.ipo(*row, tau=tau) for row in rows))
     torch.testing.assert_close(ipo_summed_loss(*logps, tau=tau), summed, rtol=1e-12, atol=1e-12)
     pairs = list(zip(chosen_length.tolist(), rejected_length.tolist(), strict=True))
-    averaged = t(*(oracles.ipo(*row, tau, pair) for row, pair in zip(rows, pairs, strict=True)))
+    averaged = t(*(oracles.ipo(*row, tau=tau, lengths=pair) for row, pair in zip(rows, pairs, strict=True)))
     got = ipo_loss(*logps, chosen_length, rejected_length, tau=tau)
     torch.testing.assert_close(got, averaged, rtol=1e-12, atol=1e-12)
 
 
 @given(quadruples, lengths, lengths, st.integers(2, 5))
 def test_averaged_ipo_does_not_change_when_every_token_is_repeated(
-    logps: tuple[Tensor, ...], chosen_length: Tensor, rejected_length: Tensor, times: int
+    logps: Four, chosen_length: Tensor, rejected_length: Tensor, times: int
 ) -> None:
     once = ipo_loss(*logps, chosen_length, rejected_length, tau=0.3)
-    repeated = ipo_loss(*(times * x for x in logps), times * chosen_length, times * rejected_length, tau=0.3)
+    a, b, c, d = (times * x for x in logps)
+    repeated = ipo_loss(a, b, c, d, times * chosen_length, times * rejected_length, tau=0.3)
     torch.testing.assert_close(repeated, once)
 
 
@@ -299,12 +301,12 @@ def test_ipo_with_noisy_labels_has_its_optimum_at_p_minus_one_half_over_tau(
 
 
 LOSSES = [
-    lambda *a: bradley_terry_loss(a[0], a[1], margin=a[2], label_smoothing=0.1),
-    lambda *a: implicit_reward(a[0], a[1], beta=0.2),
-    lambda *a: dpo_loss(*a, beta=0.2),
-    lambda *a: conservative_dpo_loss(*a, beta=0.2, label_smoothing=0.1),
-    lambda *a: ipo_summed_loss(*a, tau=0.2),
-    lambda *a: ipo_loss(*a, torch.full_like(a[0], 3.0), torch.full_like(a[0], 2.0), tau=0.2),
+    lambda a, b, c, d: bradley_terry_loss(a, b, margin=c, label_smoothing=0.1),
+    lambda a, b, c, d: implicit_reward(a, b, beta=0.2),
+    lambda a, b, c, d: dpo_loss(a, b, c, d, beta=0.2),
+    lambda a, b, c, d: conservative_dpo_loss(a, b, c, d, beta=0.2, label_smoothing=0.1),
+    lambda a, b, c, d: ipo_summed_loss(a, b, c, d, tau=0.2),
+    lambda a, b, c, d: ipo_loss(a, b, c, d, torch.full_like(a, 3), torch.full_like(a, 2), tau=0.2),
 ]
 every_loss = pytest.mark.parametrize(
     "loss", LOSSES, ids=["bt", "implicit", "dpo", "cdpo", "ipo_summed", "ipo"]

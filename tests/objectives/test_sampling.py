@@ -13,9 +13,7 @@ from minirlhf.objectives.sampling import greedy_law, min_p, sampling_law, temper
 from tests.objectives import oracles
 from tests.objectives.strategies import numbers
 
-logit_rows = st.integers(1, 8).flatmap(
-    lambda v: numbers(v, v)
-)  # rows = V: a softmax over the wrong axis shows
+logit_rows = st.integers(1, 8).flatmap(lambda v: numbers(v, v))  # square: a wrong axis shows
 temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.7])
 # Not on a boundary that a sum of eight probabilities can hit exactly, except 1.
 masses = st.sampled_from([0.1234567, 0.5234567, 0.8765432, 0.9876543, 1.0])
