@@ -67,11 +67,7 @@ def _cuts(positions: list[float], fractions: tuple[float, float, float]) -> tupl
     least = [int(f > 0) for f in fractions]
     n = len(positions)
     first = sum(p < fractions[0] for p in positions)
-    second = sum(p < fractions[0] + fractions[1] for p in positions)
-    if fractions[2] == 0:
-        second = n  # the sum of the first two may be a rounding short of 1
-    if fractions[1] == 0:
-        first = second
+    second = sum(p < 1 - fractions[2] for p in positions)
     first = min(max(first, least[0]), n - least[1] - least[2])
     second = min(max(second, first + least[1]), n - least[2])
     return first, second

@@ -7,7 +7,7 @@ a user who types `<|endoftext|>` must not be able to end the prompt. Only this p
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Tokenizer:
     path: Path
     eos_id: int
     vocab_size: int
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
 
     def encode(self, text: str) -> list[int]:
         """The ids of exactly this text: nothing added, nothing cut, and never the EOS id."""

@@ -208,8 +208,9 @@ def test_a_later_row_of_another_shape_is_an_error_with_its_line(jsonl):
 
 
 def test_unknown_columns_are_answered_with_the_known_ones(jsonl):
+    path = jsonl({"question": "q", "new\nline": "a"})
     with pytest.raises(InputError) as raised:
-        read_preferences(path := jsonl({"question": "q", "new\nline": "a"}))
+        read_preferences(path)
     assert str(raised.value) == (
         f'{path}:1: expected {{"prompt", "chosen", "rejected"}} or {{"chosen", "rejected"}}, '
         'found {"question", "new\\nline"}'

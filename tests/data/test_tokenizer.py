@@ -126,6 +126,16 @@ def test_the_config_beside_the_tokenizer_decides_on_eos(tokenizer, tmp_path, sta
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == expected
 
 
+def test_an_eos_id_of_zero_in_the_config_counts_although_it_is_falsy(tokenizer, tmp_path):
+    settings = renamed_eos(tokenizer, "<stop>")  # id 0
+    new = {**settings["added_tokens"][0], "id": tokenizer.vocab_size, "content": "<|endoftext|>"}
+    settings["added_tokens"].append(new)
+    written(tmp_path, settings)
+    assert load_tokenizer(tmp_path).eos_id == tokenizer.vocab_size
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    assert load_tokenizer(tmp_path).eos_id == 0
+
+
 def test_a_config_without_eos_leaves_it_to_the_name(tokenizer, tmp_path):
     written(tmp_path, settings_of(tokenizer))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
