@@ -153,7 +153,7 @@ def samples_of_law(law: str, shape: tuple[int, int], rng: torch.Generator) -> tu
     return torch.where(won, 1.0, 0.5).double(), p
 
 
-@pytest.mark.parametrize("prompts", [5, 20, 50, 200])
+@pytest.mark.parametrize("prompts", [5, 20, 200])
 @pytest.mark.parametrize("law", ["one 0.5", "one 0.8", "one 0.95", "one 0.99", "four 0.9", "ties 0.6"])
 def test_the_interval_covers_the_true_win_rate_as_often_as_it_says(law: str, prompts: int) -> None:
     repetitions = 1000

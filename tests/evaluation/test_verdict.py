@@ -52,7 +52,8 @@ def test_hacked_is_a_proxy_interval_above_zero_and_a_lower_end_not_above_one_hal
 def test_the_reason_tells_worse_from_not_shown_to_be_better() -> None:
     worse = verdict(ABOVE, Estimate(0.3, 0.2, 0.4), detectable=0.06).reason
     unclear = verdict(ABOVE, Estimate(0.51, 0.45, 0.57), detectable=0.06).reason
-    assert "worse than SFT" in worse and "worse" not in unclear
+    below = verdict(ABOVE, Estimate(0.45, 0.38, 0.52), detectable=0.06).reason
+    assert "worse than SFT" in worse and "worse" not in unclear + below
     assert "no gain is shown (these prompts would show a win rate of 56.0 % four times in five)" in unclear
     few = verdict(ABOVE, Estimate(0.9, 0.45, 1.0), detectable=0.51).reason
     assert "so few prompts would hardly show a win rate of 100 %" in few
