@@ -21,7 +21,7 @@ from minirlhf.training.pair_objectives import (
     dpo,
     ipo,
 )
-from minirlhf.training.pairs import PairBatch, cut_pairs, pair_rows
+from minirlhf.training.pairs import PairBatch, cut_pairs, pair_lengths, pair_rows
 from minirlhf.training.update import Loss, adamw, gradient, init_state, update
 from tests.training import tiny
 from tests.training.tiny import EXAMPLES, MODEL, PAIRS
@@ -228,3 +228,11 @@ def test_the_reward_is_read_at_the_last_valid_token_only() -> None:
     loss = partial(reward_model.loss, model=model, label_smoothing=None, center_rewards_coefficient=None)
     batch = PairBatch(pairs.rows, {}, torch.arange(len(PAIRS)), len(PAIRS))
     assert touched(loss, params, batch, 5.0) == [[length - 1] for length in pairs.rows.lengths.tolist()]
+
+
+def test_a_pair_is_as_long_as_its_longer_side_and_counts_the_tokens_of_both() -> None:
+    pairs = pair_rows(PAIRS, name="tiny", model=MODEL)
+    assert pair_lengths(pairs).tolist() == [4, 8, 7, 14, 6]
+    step = cut_pairs(pairs, torch.tensor([3, 1]), micro_batch_size=1, device=CPU)
+    assert step.tokens == 14 + 7 + 4 + 8
+    assert [batch.rows.tokens.shape for batch in step.micro_batches] == [(2, 14), (2, 8)]
