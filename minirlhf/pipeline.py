@@ -57,7 +57,10 @@ def run_world(out: Path, config: RunConfig, *, device: str) -> None:
         base = run.model("base")
         _announce("base model on the world's plain text")
         stages.pretrain(random, run.data / "pretrain.jsonl", base, config=config.base, setting=setting)
-        _align(run, base, config, setting)
+        bayes = world_files.bayes_accuracy(
+            run.data / "preferences.jsonl", surface_bias=config.world.surface_bias
+        )
+        _align(run, base, config, setting, bayes_accuracy=bayes)
         _evaluate(run, config, setting, judge=None)
 
 
@@ -84,14 +87,16 @@ def run_real(out: Path, config: RunConfig, *, model: Path, preferences: Path, de
         _evaluate(run, config, setting, judge=run.model("judge"))
 
 
-def _align(run: RunLayout, base: Path, config: RunConfig, setting: Setting) -> None:
+def _align(
+    run: RunLayout, base: Path, config: RunConfig, setting: Setting, *, bayes_accuracy: float | None = None
+) -> None:
     """SFT, reward model, and every policy that the config asks for."""
     data, sft, reward = run.data, run.model("sft"), run.model("reward")
     _announce("SFT")
     stages.sft(base, data / "demonstrations.jsonl", sft, config=config.sft, setting=setting)
     _announce("reward model")
     probe = data / "probe.jsonl"
-    stages.reward(
+    accuracies = stages.reward(
         sft,
         data / "preferences.jsonl",
         reward,
@@ -100,6 +105,7 @@ def _align(run: RunLayout, base: Path, config: RunConfig, setting: Setting) -> N
         setting=setting,
         probe=probe if probe.exists() else None,
     )
+    _tell_accuracies(accuracies, bayes_accuracy)
     for policy in config.policies:
         _announce(policy)
         out = run.model(policy)
@@ -126,6 +132,20 @@ def _evaluate(run: RunLayout, config: RunConfig, setting: Setting, *, judge: Pat
         setting=setting,
         metrics=run.metrics,
     )
+
+
+def _tell_accuracies(metrics: dict[str, float], bayes_accuracy: float | None) -> None:
+    """The reward model beside what is possible and what is trivial."""
+    names = {
+        "test/accuracy": "reward model",
+        "test/length_only_accuracy": "length alone",
+        "test/bag_of_words_accuracy": "bag of words",
+        "probe/accuracy": "reward model on the adversarial probe",
+    }
+    told = [f"{name} {100 * metrics[key]:.1f} %" for key, name in names.items() if key in metrics]
+    if bayes_accuracy is not None:
+        told.append(f"best possible (Bayes) {100 * bayes_accuracy:.1f} %")
+    print(f"accuracy on {metrics['test/pairs']:.0f} test pairs: {', '.join(told)}")
 
 
 def _split_preferences(preferences: Path, folder: Path, config: RunConfig) -> None:

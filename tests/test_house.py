@@ -28,6 +28,7 @@ ORDER = [
     "evaluation",
     "recipes",
     "pipeline",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -35,7 +36,8 @@ ORDER = [
 STRANGERS = {
     "objectives": {"runs"},
     "data": {"models", "kernels"},
-    "cli": {"objectives", "kernels"},
+    "commands": {"objectives", "kernels", "rollout"},
+    "cli": {"objectives", "kernels", "rollout"},
     "pipeline": {"objectives", "kernels"},
 }
 MAX_PAGE_LINES = 400
@@ -133,6 +135,7 @@ def test_nothing_is_left_for_later() -> None:
 _GLOBAL_STATE = """
 import json, random, sys, warnings
 import numpy, torch
+import hypothesis, rich.progress, safetensors.torch, tokenizers, tyro  # what theirs change is theirs
 def state():
     return [
         str(torch.get_default_dtype()), str(torch.get_default_device()), torch.get_num_threads(),
