@@ -25,7 +25,7 @@ EOS, STOP, LENGTH = 0, 1, 2
 """Why a response ended, in `Rollout.stop_reason`: the first stop id, another stop id, the length limit."""
 
 _MEMORY_BUDGET = 2**30  # bytes that the default batch size may spend on cache and workspace
-_LARGEST_DEFAULT_BATCH = 512  # measured on 2 cores: larger batches sample no faster
+_LARGEST_DEFAULT_BATCH = 512  # on a CPU core, 0.9 M parameters: as fast from 128 to 2,048 rows
 
 
 class Rollout(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minirlhf.objectives.sampling import greedy_law, sampling_law
-from minirlhf.rollout.draw import BOUNDARY, check_law, inverse_cdf
+from minirlhf.rollout.draw import check_law, inverse_cdf
 from tests.rollout.known_models import LAWS
 
 
@@ -51,7 +51,7 @@ def test_the_greedy_law_draws_the_argmax_whatever_the_uniform_and_is_never_near_
 
 
 def test_near_a_boundary_means_within_1e_5_of_another_tokens_interval() -> None:
-    inside, outside = BOUNDARY * 0.9, BOUNDARY * 1.1
+    inside, outside = 0.9e-5, 1.1e-5
     uniform = [0.0, 0.25 - outside, 0.25 - inside, 0.25 + inside, 0.25 + outside, 1 - inside]
     law = law_of([0.25, 0.75]).expand(6, -1)
     draw = inverse_cdf(law, torch.tensor(uniform, dtype=torch.float64))
@@ -64,6 +64,14 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_keep_their_intervals() -> 
     law = torch.log_softmax(torch.zeros(1, size), dim=-1)
     token = torch.tensor([0, 1, 25_000, 50_000, 50_255, 50_256])
     centre = (token.double() + 0.5) / size
+    assert inverse_cdf(law.expand(6, -1), centre).token.tolist() == token.tolist()
+
+
+def test_intervals_narrower_than_fp32_can_tell_apart_keep_their_place() -> None:
+    width, many = 2e-8, 1000  # fp32 has a step of 6e-8 at 0.9
+    law = law_of([0.9, *[width] * many, 0.1 - width * many])
+    token = torch.tensor([1, 2, 500, 999, 1000, 1001])
+    centre = 0.9 + (token.double() - 0.5) * width
     assert inverse_cdf(law.expand(6, -1), centre).token.tolist() == token.tolist()
 
 
