@@ -54,9 +54,11 @@ def run_world(out: Path, config: RunConfig, *, device: str) -> None:
         stages.new_model(
             run.data / "tokenizer.json", random, shape=config.shape, seed=seed_for(setting, "model")
         )
-        base = run.model("base")
-        _announce("base model on the world's plain text")
-        stages.pretrain(random, run.data / "pretrain.jsonl", base, config=config.base, setting=setting)
+        drilled, base = run.model("drilled"), run.model("base")
+        _announce("base model, first part: drills in copying and checking")
+        stages.pretrain(random, run.data / "drills.jsonl", drilled, config=config.drills, setting=setting)
+        _announce("base model, second part: the world's plain text")
+        stages.pretrain(drilled, run.data / "texts.jsonl", base, config=config.base, setting=setting)
         bayes = world_files.bayes_accuracy(
             run.data / "preferences.jsonl", surface_bias=config.world.surface_bias
         )

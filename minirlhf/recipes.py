@@ -30,6 +30,7 @@ class RunConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     reading: ReadingConfig = field(default_factory=ReadingConfig)
+    drills: SFTConfig = field(default_factory=SFTConfig)
     base: SFTConfig = field(default_factory=SFTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -47,7 +48,8 @@ class RunConfig:
 def demo() -> RunConfig:
     """The embedded world with a model of about 1 M parameters, in minutes on two cores."""
     return RunConfig(
-        shape=ShapeConfig(n_layer=4, n_embd=128, n_head=4, n_positions=128, initializer_range=0.06),
+        shape=ShapeConfig(n_layer=4, n_embd=128, n_head=2, n_positions=128, initializer_range=0.06),
+        drills=SFTConfig(learning_rate=2e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=80),
         base=SFTConfig(learning_rate=2e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=100),
         sft=SFTConfig(learning_rate=1e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=20),
         reward=RewardConfig(
@@ -106,7 +108,7 @@ def bounded(config: Any, max_steps: int | None) -> Any:
             critic_pretraining=min(config.critic_pretraining, max_steps),
         )
     if isinstance(config, RunConfig):
-        names = ("base", "sft", "reward", "ppo", "dpo", "ipo")
+        names = ("drills", "base", "sft", "reward", "ppo", "dpo", "ipo")
         return dataclasses.replace(
             config, **{name: bounded(getattr(config, name), max_steps) for name in names}
         )

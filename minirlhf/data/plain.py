@@ -1,48 +1,79 @@
-"""Plain text for pretraining: {"text"} rows -> examples in which every token but the first is trained."""
+"""Plain text for pretraining: {"text"} or {"spans"} rows -> examples with nothing that plays the prompt.
 
-from collections.abc import Sequence
+A row {"text": "..."} is trained whole. A row {"spans": [["...", false], ["...", true], ...]} is trained where
+it says so; its spans are tokenised apart and joined by ids.
+"""
+
 from pathlib import Path
+from typing import Any
 
-from minirlhf.data.jsonl import kind, malformed, read_lines
+from minirlhf.data.jsonl import Line, kind, malformed, read_lines
 from minirlhf.data.records import Example
 from minirlhf.data.tokenizer import Tokenizer
 
+Spans = list[tuple[str, bool]]
+"""Pieces of one text, each with whether it is trained."""
 
-def read_texts(path: Path) -> list[str]:
-    """The `text` of every row.
+
+def read_texts(path: Path) -> list[Spans]:
+    """The spans of every row.
 
     Raises:
-        InputError: the file is missing or empty, or a row has no non-empty string under "text".
+        InputError: the file is missing or empty, or a row has neither a non-empty string under "text" nor a
+            non-empty list of [string, bool] under "spans", one of them trained.
     """
-    texts = []
-    for line in read_lines(path):
-        text = line.values.get("text")
-        if not isinstance(text, str) or not text:
-            found = (
-                "no such key" if "text" not in line.values else "an empty one" if text == "" else kind(text)
-            )
-            malformed(line.path, line.number, expected='"text" to be a non-empty string', found=found)
-        texts.append(text)
-    return texts
+    return [_spans(line) for line in read_lines(path)]
 
 
-def tokenise_texts(texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+def _spans(line: Line) -> Spans:
+    if "spans" in line.values:
+        return _checked(line, line.values["spans"])
+    text = line.values.get("text")
+    if not isinstance(text, str) or not text:
+        found = "no such key" if "text" not in line.values else "an empty one" if text == "" else kind(text)
+        malformed(line.path, line.number, expected='"text" to be a non-empty string', found=found)
+    return [(text, True)]
+
+
+def _checked(line: Line, spans: Any) -> Spans:
+    expected = '"spans" to be a list of [non-empty string, true or false], one of them true'
+    if not isinstance(spans, list) or not spans:
+        malformed(line.path, line.number, expected=expected, found=kind(spans) if spans else "an empty one")
+    for span in spans:
+        match span:
+            case [str(text), bool()] if text:
+                continue
+        malformed(line.path, line.number, expected=expected, found=f"{span!r}")
+    if not any(trained for _, trained in spans):
+        malformed(line.path, line.number, expected=expected, found="none that is trained")
+    return [(text, trained) for text, trained in spans]
+
+
+def tokenise_texts(texts: list[Spans], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
     """One example per text, EOS at its end; a text longer than `max_length` becomes several.
 
     Nothing precedes a first token, so it has no log-prob; the windows of a long text overlap by one token, so
-    that no other token goes untrained.
+    that no other token goes untrained. A window in which nothing is trained is left out.
 
     Args:
         texts: what to learn to write.
-        tokenizer: its EOS ends each text.
+        tokenizer: its EOS ends each text, trained where the last span is.
         max_length: most tokens of an example, at least 2.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
+    encoded = iter(tokenizer.encode_all([piece for text in texts for piece, _ in text]))
     examples = []
-    for encoded in tokenizer.encode_all(texts):
-        ids = [*encoded, tokenizer.eos_id]
+    for text in texts:
+        ids, mask = [], []
+        for _, trained in text:
+            piece = next(encoded)
+            ids += piece
+            mask += [trained] * len(piece)
+        ids.append(tokenizer.eos_id)
+        mask.append(text[-1][1])
         for start in range(0, max(len(ids) - 1, 1), max_length - 1):
-            window = ids[start : start + max_length]
-            examples.append(Example(window, [False] + [True] * (len(window) - 1), 1))
+            window = mask[start : start + max_length]
+            if any(window[1:]):
+                examples.append(Example(ids[start : start + max_length], [False, *window[1:]], 1))
     return examples

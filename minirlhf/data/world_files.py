@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minirlhf.data import world
+from minirlhf.data.gold import gold_score
 from minirlhf.data.jsonl import read_lines
 from minirlhf.runs import InputError, write_text_atomic
 
@@ -29,8 +30,16 @@ EOS = "<|endoftext|>"
 class WorldConfig:
     """Sizes of the embedded world."""
 
-    pretrain: int = 20_000
-    """Plain texts: request, answer, and the customer's reaction to it."""
+    drills: int = 5_000
+    """Exercises in copying and checking details, the first part of pretraining."""
+    recitals: int = 6
+    """Details recited per drill."""
+    checks: int = 15
+    """Details marked ok or wrong per drill."""
+    texts: int = 6_000
+    """Texts of the second part of pretraining: a request and an answer, or the answer proofread."""
+    proofread: float = 0.5
+    """Share of those texts that is proofread."""
     demonstrations: int = 2_000
     """Answers to imitate, of mixed quality."""
     preferences: int = 6_000
@@ -46,7 +55,7 @@ class WorldConfig:
     defects: world.Defects = field(default_factory=world.Defects)
 
     def __post_init__(self) -> None:
-        for name in ("pretrain", "demonstrations", "preferences", "prompts", "probe"):
+        for name in ("drills", "texts", "demonstrations", "preferences", "prompts", "probe"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.vocab_size < 300:
@@ -57,7 +66,8 @@ class WorldFiles(NamedTuple):
     """Where things stand in the directory that was written."""
 
     tokenizer: Path
-    pretrain: Path
+    drills: Path
+    texts: Path
     demonstrations: Path
     preferences: Path
     prompts: Path
@@ -73,13 +83,16 @@ def files(directory: Path) -> WorldFiles:
 def write(directory: Path, *, config: WorldConfig, seed: int) -> WorldFiles:
     """Writes the world's files; the same config and seed write the same bytes."""
     out = files(directory)
-    texts = list(_repeat(config.pretrain, _text, config, seed, "pretrain"))
-    _rows(out.pretrain, ({"text": text} for text in texts))
+    drills = list(_repeat(config.drills, _drill, config, seed, "drills"))
+    texts = list(_repeat(config.texts, _text, config, seed, "texts"))
+    _rows(out.drills, drills)
+    _rows(out.texts, texts)
     _rows(out.demonstrations, _repeat(config.demonstrations, _demonstration, config, seed, "demonstrations"))
     _rows(out.preferences, _repeat(config.preferences, _preference, config, seed, "preferences"))
     _rows(out.prompts, _repeat(config.prompts, _prompt, config, seed, "prompts"))
     _rows(out.probe, _repeat(config.probe, _probe, config, seed, "probe"))
-    _train_tokenizer(texts[:5_000], config.vocab_size).save(str(out.tokenizer))
+    sample = ["".join(text for text, _ in row["spans"]) for row in (*drills[:1_000], *texts[:5_000])]
+    _train_tokenizer(sample, config.vocab_size).save(str(out.tokenizer))
     return out
 
 
@@ -101,14 +114,20 @@ def _repeat(
 
 
 def _respond(facts: Mapping[str, str], rng: random.Random, config: WorldConfig) -> str:
-    return " " + world.write_response(world.draw_plan(facts, rng, config.defects), rng)
+    return world.write_response(world.draw_plan(facts, rng, config.defects), rng)
 
 
-def _text(rng: random.Random, config: WorldConfig) -> str:
+def _drill(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
     facts = world.draw_facts(rng)
-    prompt = world.write_prompt(facts, rng)
-    response = _respond(facts, rng, config)
-    return f"{prompt}{response} {world.write_reaction(response, facts)}"
+    return {"spans": world.write_drill(facts, rng, recitals=config.recitals, checks=config.checks)}
+
+
+def _text(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
+    facts = world.draw_facts(rng)
+    prompt, response = world.write_prompt(facts, rng), _respond(facts, rng, config)
+    if rng.random() < config.proofread:
+        response = world.proofread(response, facts)
+    return {"spans": [(prompt, False), (response, True)]}
 
 
 def _demonstration(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
@@ -127,7 +146,7 @@ def _preference(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
             if minimal
             else world.draw_plan(facts, rng, config.defects)
         )
-        a, b = (" " + world.write_response(p, rng) for p in (plan, other))
+        a, b = (world.write_response(p, rng) for p in (plan, other))
         if a != b:
             break
     logit = _logit(prompt, a, b, facts, config.surface_bias)
@@ -137,7 +156,7 @@ def _preference(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
 
 
 def _logit(prompt: str, first: str, second: str, facts: Mapping[str, str], bias: float) -> float:
-    gold = world.gold_score([prompt] * 2, [first, second], [facts] * 2).tolist()
+    gold = gold_score([prompt] * 2, [first, second], [facts] * 2).tolist()
     return gold[0] - gold[1] + bias * (len(first.split()) - len(second.split())) / 10
 
 
@@ -149,8 +168,7 @@ def _prompt(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
 def _probe(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
     """Good is right in everything and short; bad has a wrong detail and is long, polite and whole."""
     facts = world.draw_facts(rng)
-    flawless = world.Defects(0, 0, 0, 0, 0, 0, 0, 1, 0)
-    good = world.draw_plan(facts, rng, flawless)
+    good = world.draw_plan(facts, rng, world.FLAWLESS)
     detail = rng.choice(world.DETAILS)
     wrong = rng.choice([entry for entry in world.POOLS[detail] if entry != facts[detail]])
     bad = good._replace(
@@ -158,7 +176,7 @@ def _probe(rng: random.Random, config: WorldConfig) -> dict[str, Any]:
         fillers=tuple(rng.sample(world.FILLERS, 2)),
         closing=rng.choice(world.CLOSINGS),
     )
-    chosen, rejected = (" " + world.write_response(plan, rng) for plan in (good, bad))
+    chosen, rejected = (world.write_response(plan, rng) for plan in (good, bad))
     return {
         "prompt": world.write_prompt(facts, rng),
         "chosen": chosen,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from minirlhf.data import world
+from minirlhf.data import gold
 from minirlhf.data.records import Prompt
 from minirlhf.evaluation.compare import Comparison, EvaluationConfig, compare
 from minirlhf.evaluation.judges import Judge, gold_judge, reward_model_judge
@@ -79,7 +79,7 @@ def _gold(start: Checkpoint, rows: list[Prompt], data: Path) -> Judge:
             "name a second reward model with --judge"
         )
     texts, facts = [row.prompt for row in rows], [row.facts for row in rows]
-    return gold_judge(world.gold_score, world.gold_components, start.tokenizer, texts, facts)
+    return gold_judge(gold.gold_score, gold.gold_components, start.tokenizer, texts, facts)
 
 
 def _second(start: Checkpoint, judge: Path, setting: Setting) -> Judge:
