@@ -33,12 +33,13 @@ def test_a_stage_that_stops_early_says_no_false_end() -> None:
 
 
 def test_the_rate_counts_tokens_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 2.0, 2.0])
+    clock = iter([0.0, 1.0, 1.0, 2.0, 2.0])
     monkeypatch.setattr("minirlhf.training.progress.time.perf_counter", lambda: next(clock))
     out = io.StringIO()
-    with progress("dpo", 3601, console=Console(file=out), plain_every=0.0) as advance:
-        advance(2468, {"loss": 0.6931})
-    assert out.getvalue() == "dpo 1/3601  1,234 tokens/s  ETA 2:00:00  loss 0.6931\n"
+    with progress("dpo", 7202, console=Console(file=out), plain_every=0.0) as advance:
+        advance(1000)
+        advance(1468, {"loss": 0.6931})
+    assert out.getvalue() == "dpo 2/7202  1,234 tokens/s  ETA 2:00:00  loss 0.6931\n"
 
 
 def test_on_a_terminal_a_bar_shows_the_same() -> None:

@@ -236,3 +236,11 @@ def test_a_pair_is_as_long_as_its_longer_side_and_counts_the_tokens_of_both() ->
     step = cut_pairs(pairs, torch.tensor([3, 1]), micro_batch_size=1, device=CPU)
     assert step.tokens == 14 + 7 + 4 + 8
     assert [batch.rows.tokens.shape for batch in step.micro_batches] == [(2, 14), (2, 8)]
+
+
+def test_equal_rewards_count_as_wrongly_ranked() -> None:
+    chosen, rejected = torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.tensor([1.0, 1.0, 0.0, 4.0])
+    rewards = {"chosen_reward": chosen, "rejected_reward": rejected}
+    assert reward_model.metrics(rewards)["accuracy"] == 0.25
+    logps = {"chosen": chosen, "rejected": rejected}
+    assert preference.metrics({**rewards, **logps})["rewards/accuracies"] == 0.25
