@@ -232,6 +232,16 @@ def test_every_option_of_the_experience_does_something(change: dict[str, Any]) -
     assert one.advantage.shape != other.advantage.shape or not torch.equal(one.advantage, other.advantage)
 
 
+def test_the_rate_scales_the_steps_of_policy_and_critic_alike(experience: Experience) -> None:
+    one, _, _ = learn(experience, epochs=1, minibatches=1)
+    tenth, _, _ = learn(experience, epochs=1, minibatches=1, rate=0.1)
+    for full, small, start_params in (
+        (one.policy.params, tenth.policy.params, POLICY),
+        (one.critic.params, tenth.critic.params, CRITIC),
+    ):
+        assert distance(small, start_params) == pytest.approx(0.1 * distance(full, start_params), rel=1e-3)
+
+
 def test_every_row_is_learned_from_once_per_epoch_in_a_new_order(experience: Experience) -> None:
     marked = experience._replace(score=torch.arange(12.0))
     cut = list(ppo_update.minibatches(marked, CONFIG, generator=torch.Generator().manual_seed(0)))
