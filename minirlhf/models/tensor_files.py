@@ -72,7 +72,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a dict)
+                for name in handle.keys():
                     part = handle.get_slice(name)
                     found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:

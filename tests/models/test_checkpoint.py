@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -120,6 +121,9 @@ def test_parameters_of_any_dtype_layout_and_gradient_are_written_as_fp32(tmp_pat
     odd = tree_map(lambda x: x.t().contiguous().t().requires_grad_() if x.ndim == 2 else x, params)
     save_language_model(tmp_path / "out", model, odd, tokenizer=None)
     assert same(load_language_model(tmp_path / "out")[1], tree_map(lambda x: x.float(), params))
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
+        assert file.metadata() == {"format": "pt"}, "older transformers refuse a file without the mark"
 
 
 def test_loaded_parameters_do_not_live_in_the_file(policy: Path) -> None:
@@ -148,6 +152,7 @@ def test_a_missing_tokenizer_is_an_error_and_nothing_is_written(tmp_path: Path) 
     ("vocabulary", "byte_level", "eos", "expected"),
     [
         (["<eos>", "a", "b", "ÿ"], True, 0, 4),  # the embedding has rows that the tokenizer never names
+        (["a", "b", "c"], True, 3, 4),  # such a row that is not EOS
         (["<eos>", "a", "ÿ", "b", "ab"], True, 0, 2),  # the byte that UTF-8 never uses
         (["<eos>", "a", "ÿ", "b", "ab"], False, 0, 4),  # not byte level: ÿ is a letter; the rarest merge
         (["a", "b", "c", "d", "<eos>"], True, 4, 3),
@@ -238,9 +243,10 @@ def test_a_long_list_of_faults_stays_one_readable_line(policy: Path) -> None:
     assert "h.2.ln_1.weight [24], " in text and text.endswith(" and 16 more") and len(text) < 500
 
 
-def test_only_the_hubs_buffers_are_ignored(policy: Path) -> None:
-    edit_tensors(policy, lambda tensors: tensors.update({"transformer.h.0.mlp.bias": torch.zeros(1)}))
-    assert "unknown tensors: h.0.mlp.bias [1]" in message(load_language_model, policy)
+@pytest.mark.parametrize("name", ["h.0.mlp.bias", "h.0.attn.bias_2", "x.h.0.attn.bias", "attn.masked_bias"])
+def test_only_the_hubs_buffers_are_ignored(policy: Path, name: str) -> None:
+    edit_tensors(policy, lambda tensors: tensors.update({f"transformer.{name}": torch.zeros(1)}))
+    assert f"unknown tensors: {name} [1]" in message(load_language_model, policy)
 
 
 def test_a_tensor_with_and_without_prefix_is_ambiguous(policy: Path) -> None:

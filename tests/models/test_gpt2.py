@@ -157,7 +157,8 @@ def test_the_scalar_head_reads_every_position_in_at_least_fp32() -> None:
     assert scores.shape == tokens.shape and head.shape == (1, 24)
     torch.testing.assert_close(scores, torch.einsum("btd,d->bt", states, head[0]), rtol=1e-5, atol=1e-5)
     assert "score" not in params and headed["h"] is params["h"]
-    assert scalar(headed, states.bfloat16()).dtype == torch.float32
+    half = tree_map(lambda x: x.bfloat16(), headed)
+    assert scalar(half, states.bfloat16()).dtype == torch.float32
     assert scalar(headed, states.double()).dtype == torch.float64
 
 
