@@ -206,7 +206,7 @@ def kl_shaped_reward(score: Tensor, kl: Tensor, mask: Tensor, *, beta: Scalar) -
     counted_from_here = mask.flip(-1).cumsum(dim=-1).flip(-1)
     last = mask & (counted_from_here == 1)
     terminal = select(score[..., None].expand(mask.shape), last)
-    return select(terminal - beta * select(kl, mask), mask)
+    return terminal - beta * select(kl, mask)
 
 
 class KLController(NamedTuple):

@@ -81,6 +81,11 @@ def test_the_nucleus_includes_the_token_that_crosses() -> None:
     torch.testing.assert_close(top_p(logp, p=0.6).exp(), t(0.625, 0.375, 0.0))
 
 
+def test_a_nucleus_that_holds_exactly_the_mass_takes_no_further_token() -> None:
+    assert (top_p(t(0, 0), p=0.5) > -math.inf).tolist() == [True, False]
+    assert (top_p(t(0, 0), p=0.5000001) > -math.inf).tolist() == [True, True]
+
+
 def test_min_p_is_relative_to_the_most_probable_token() -> None:
     logp = t(0.4, 0.25, 0.19, 0.1, 0.06).log()
     assert (min_p(logp, p=0.5) > -math.inf).tolist() == [True, True, False, False, False]
