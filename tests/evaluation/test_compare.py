@@ -82,6 +82,9 @@ def test_every_number_of_a_row_is_recomputed_from_texts_and_scores(done: Compari
         grams = [gram for text in texts for gram in zip(text.split(), text.split()[1:], strict=False)]
         assert row.distinct_2 == pytest.approx(len(set(grams)) / len(grams))
         assert row.distinct_1 == pytest.approx(len({w for t in texts for w in t.split()}) / sum(lengths))
+        triples = [list(zip(*(t.split()[i:] for i in range(3)), strict=False)) for t in texts]
+        repeated = [1 - len(set(of_text)) / max(1, len(of_text)) if of_text else 0 for of_text in triples]
+        assert row.repetition == pytest.approx(sum(repeated) / 36)
         assert row.eos_rate == pytest.approx(sum(bool(e) for e in given.ended.flatten()) / 36)
         if row.policy != "sft":
             assert row.verdict == verdict(row.score_gain, row.win_rate, detectable=row.detectable)
