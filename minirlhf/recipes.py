@@ -48,35 +48,36 @@ class RunConfig:
 def demo() -> RunConfig:
     """The embedded world with a model of about 1 M parameters, in minutes on two cores."""
     return RunConfig(
-        shape=ShapeConfig(n_layer=4, n_embd=128, n_head=2, n_positions=128, initializer_range=0.06),
-        drills=SFTConfig(learning_rate=2e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=80),
-        base=SFTConfig(learning_rate=2e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=100),
-        sft=SFTConfig(learning_rate=1e-3, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=20),
-        reward=RewardConfig(
-            learning_rate=5e-4, epochs=2, batch_size=32, micro_batch_size=32, evaluate_every=50
-        ),
-        normalise=NormaliseConfig(rollouts=256, max_response=_DEMO_RESPONSE, temperature=_DEMO_TEMPERATURE),
+        # Two heads of 64: comparing two words is one inner product, and 32 dimensions do it much later.
+        shape=ShapeConfig(n_layer=4, n_embd=128, n_head=2, n_positions=96, initializer_range=0.06),
+        drills=_small(SFTConfig, learning_rate=2e-3, evaluate_every=60),
+        base=_small(SFTConfig, learning_rate=2e-3, evaluate_every=60),
+        sft=_small(SFTConfig, learning_rate=5e-4, evaluate_every=20),
+        reward=_small(RewardConfig, learning_rate=5e-4, evaluate_every=50),
+        normalise=NormaliseConfig(rollouts=512, max_response=_DEMO_RESPONSE, temperature=_DEMO_TEMPERATURE),
         ppo=PPOConfig(
-            iterations=30,
+            iterations=16,
             batch_size=128,
             epochs=2,
             minibatches=4,
             micro_batch_size=32,
             max_response=_DEMO_RESPONSE,
             temperature=_DEMO_TEMPERATURE,
-            kl_coefficient=0.1,
-            learning_rate=3e-4,
-            critic_learning_rate=3e-4,
-            critic_pretraining=3,
-            evaluate_every=10,
+            kl_coefficient=0.15,
+            learning_rate=2e-4,
+            critic_learning_rate=5e-4,
+            critic_pretraining=2,
+            evaluate_every=8,
         ),
-        dpo=DPOConfig(
-            learning_rate=3e-4, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=50, beta=0.1
-        ),
-        ipo=IPOConfig(
-            learning_rate=3e-4, epochs=1, batch_size=32, micro_batch_size=32, evaluate_every=50, tau=0.5
-        ),
+        dpo=_small(DPOConfig, learning_rate=1e-4, evaluate_every=50, beta=0.5),
+        ipo=_small(IPOConfig, learning_rate=1e-4, evaluate_every=50, tau=1.0),
+        evaluation=EvaluationConfig(max_response=_DEMO_RESPONSE),
     )
+
+
+def _small(stage: type[Any], **settings: Any) -> Any:
+    """One pass in a few hundred steps; Adam's default memory of 1,000 steps would outlast them."""
+    return stage(epochs=1, batch_size=32, micro_batch_size=32, adam_beta2=0.99, **settings)
 
 
 def real() -> RunConfig:

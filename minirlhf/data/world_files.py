@@ -30,7 +30,7 @@ EOS = "<|endoftext|>"
 class WorldConfig:
     """Sizes of the embedded world."""
 
-    drills: int = 5_000
+    drills: int = 6_600
     """Exercises in copying and checking details, the first part of pretraining."""
     recitals: int = 6
     """Details recited per drill."""
@@ -42,7 +42,7 @@ class WorldConfig:
     """Share of those texts that is proofread."""
     demonstrations: int = 2_000
     """Answers to imitate, of mixed quality."""
-    preferences: int = 6_000
+    preferences: int = 8_000
     """Pairs of answers with a drawn label; half of them differ in one property only."""
     prompts: int = 2_500
     """Requests with the facts by which the gold judge scores an answer."""

@@ -65,6 +65,8 @@ class TrainConfig:
     """Decoupled decay per step and unit of step size."""
     adam_epsilon: float = 1e-8
     """Added to the root of Adam's second moment, PyTorch's convention."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment per step; a run of a few hundred steps wants 0.99."""
     evaluate_every: int = 50
     """Optimiser steps between evaluations; the start and the end are always evaluated."""
     metric_for_best_model: str = "eval_loss"
@@ -84,6 +86,8 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.adam_beta2 < 1:
+            raise InputError(f"adam_beta2 must lie in [0, 1), got {self.adam_beta2}")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"warmup_ratio must lie in 0..1, got {self.warmup_ratio}")
         if not self.weight_decay >= 0:
@@ -168,7 +172,9 @@ def train_loop(
     rate = partial(
         cosine_with_warmup, total=total, warmup=int(config.warmup_ratio * total), peak=config.learning_rate
     )
-    optimiser = partial(adamw, eps=config.adam_epsilon, weight_decay=config.weight_decay)
+    optimiser = partial(
+        adamw, betas=(0.9, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.weight_decay
+    )
     judge = partial(_judge, stage=stage, config=config, evaluate=evaluate, log=log, keep=keep)
     state, window, tokens = init_state(params), [], 0
     best, stale = judge(None, state.params, 0), 0
