@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.run()
         return 0
     except InputError as error:
-        return _complain(error, 2)
+        return _complain(" ".join(str(error).split("\n")), 2)
     except (NonFiniteError, GuardError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt as error:

@@ -33,9 +33,18 @@ def tiny() -> RunConfig:
     return replace(
         demo,
         world=WorldConfig(
-            pretrain=60, demonstrations=60, preferences=80, prompts=60, probe=6, vocab_size=400
+            drills=40,
+            recitals=2,
+            checks=2,
+            texts=60,
+            demonstrations=60,
+            preferences=80,
+            prompts=60,
+            probe=6,
+            vocab_size=400,
         ),
         shape=ShapeConfig(n_layer=1, n_embd=16, n_head=2, n_positions=128),
+        drills=replace(demo.drills, **steps),
         base=replace(demo.base, **steps),
         sft=replace(demo.sft, **steps),
         reward=replace(demo.reward, **steps),
@@ -160,7 +169,20 @@ def test_stage_defaults_are_published_ones_and_the_demos_only_for_the_demo() -> 
 
 
 def test_the_world_is_written_the_same_twice_and_another_with_another_seed(tmp_path: Path) -> None:
-    sizes = ("--pretrain", 20, "--demonstrations", 5, "--preferences", 5, "--prompts", 5, "--probe", 2)
+    sizes = (
+        "--drills",
+        20,
+        "--texts",
+        20,
+        "--demonstrations",
+        5,
+        "--preferences",
+        5,
+        "--prompts",
+        5,
+        "--probe",
+        2,
+    )
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert command("world", tmp_path / name, *sizes, "--vocab-size", 300, "--seed", seed) == 0
     files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"}
@@ -170,10 +192,11 @@ def test_the_world_is_written_the_same_twice_and_another_with_another_seed(tmp_p
 
 def test_run_leaves_the_whole_run_directory(world_run: Path) -> None:
     run = RunLayout(world_run)
-    names = ("base", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
+    names = ("drilled", "base", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
     assert all((run.model(name) / "model.safetensors").exists() for name in names)
     assert {
-        "pretrain.jsonl",
+        "drills.jsonl",
+        "texts.jsonl",
         "demonstrations.jsonl",
         "preferences.jsonl",
         "prompts.jsonl",

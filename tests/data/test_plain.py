@@ -18,7 +18,7 @@ def letters() -> Tokenizer:
 
 
 def test_every_token_but_the_first_is_trained_and_eos_ends_the_text() -> None:
-    (example,) = tokenise_texts(["abc"], letters(), max_length=8)
+    (example,) = tokenise_texts([[("abc", True)]], letters(), max_length=8)
     assert example.ids == [1, 2, 3, 0]
     assert example.mask == [False, True, True, True]
     assert example.prompt_length == 1
@@ -27,7 +27,7 @@ def test_every_token_but_the_first_is_trained_and_eos_ends_the_text() -> None:
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 9])
 def test_windows_of_a_long_text_train_every_token_but_the_first_exactly_once(max_length: int) -> None:
     text = "abcdefgh"
-    examples = tokenise_texts([text], letters(), max_length=max_length)
+    examples = tokenise_texts([[(text, True)]], letters(), max_length=max_length)
     trained = [id_ for e in examples for id_, counts in zip(e.ids, e.mask, strict=True) if counts]
     assert trained == [*range(2, 9), 0]
     assert all(len(e.ids) <= max_length for e in examples)
@@ -35,18 +35,27 @@ def test_windows_of_a_long_text_train_every_token_but_the_first_exactly_once(max
 
 
 def test_texts_do_not_run_into_each_other() -> None:
-    examples = tokenise_texts(["ab", "cd"], letters(), max_length=8)
+    examples = tokenise_texts([[("ab", True)], [("cd", True)]], letters(), max_length=8)
     assert [e.ids for e in examples] == [[1, 2, 0], [3, 4, 0]]
 
 
 def test_a_window_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2, got 1"):
-        tokenise_texts(["ab"], letters(), max_length=1)
+        tokenise_texts([[("ab", True)]], letters(), max_length=1)
 
 
 @pytest.mark.parametrize(
     ("row", "found"),
-    [('{"txt": "a"}', "no such key"), ('{"text": ""}', "an empty one"), ('{"text": 3}', "a number")],
+    [
+        ('{"txt": "a"}', "no such key"),
+        ('{"text": ""}', "an empty one"),
+        ('{"text": 3}', "a number"),
+        ('{"spans": "a"}', "a string"),
+        ('{"spans": []}', "an empty one"),
+        ('{"spans": [["a", 1]]}', "found ..a., 1"),
+        ('{"spans": [["", true]]}', "found"),
+        ('{"spans": [["a", false]]}', "none that is trained"),
+    ],
 )
 def test_a_row_without_text_is_named_by_file_and_line(tmp_path: Path, row: str, found: str) -> None:
     file = tmp_path / "plain.jsonl"
@@ -58,4 +67,29 @@ def test_a_row_without_text_is_named_by_file_and_line(tmp_path: Path, row: str, 
 def test_texts_come_back_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "plain.jsonl"
     file.write_text('{"text": " a\\n"}\n{"text": "b"}\n')
-    assert read_texts(file) == [" a\n", "b"]
+    assert read_texts(file) == [[(" a\n", True)], [("b", True)]]
+
+
+def test_only_the_spans_that_say_so_are_trained() -> None:
+    spans = [("ab", False), ("cd", True), ("e", False), ("f", True)]
+    (example,) = tokenise_texts([spans], letters(), max_length=9)
+    assert example.ids == [1, 2, 3, 4, 5, 6, 0]
+    assert example.mask == [False, False, True, True, False, True, True]
+
+
+def test_eos_is_trained_only_after_a_trained_span() -> None:
+    (example,) = tokenise_texts([[("ab", True), ("c", False)]], letters(), max_length=9)
+    assert example.ids[-1] == 0 and example.mask == [False, True, False, False]
+
+
+def test_a_window_in_which_nothing_is_trained_is_left_out() -> None:
+    spans = [("abcdef", False), ("gh", True)]
+    examples = tokenise_texts([spans], letters(), max_length=4)
+    assert [e.ids for e in examples] == [[4, 5, 6, 7], [7, 8, 0]]
+    assert [e.mask for e in examples] == [[False, False, False, True], [False, True, True]]
+
+
+def test_spans_come_back_as_they_were_written(tmp_path: Path) -> None:
+    file = tmp_path / "plain.jsonl"
+    file.write_text('{"spans": [["a", false], ["b", true]]}\n{"text": "c"}\n')
+    assert read_texts(file) == [[("a", False), ("b", True)], [("c", True)]]

@@ -2,19 +2,23 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minirlhf.data import world
+from minirlhf.data.gold import gold_score
+from minirlhf.data.plain import read_texts
 from minirlhf.data.readers import read_demonstrations, read_preferences, read_prompts
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.data.world_files import WorldConfig, WorldFiles, bayes_accuracy, write
 from minirlhf.runs import InputError
 
 SIZES: dict[str, Any] = {
-    "pretrain": 1500,
+    "drills": 300,
+    "texts": 1500,
     "demonstrations": 40,
     "preferences": 1500,
     "prompts": 30,
@@ -37,7 +41,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def gold(row: dict[str, Any], side: str) -> float:
-    return float(world.gold_score([row["prompt"]], [row[side]], [row["facts"]])[0])
+    return float(gold_score([row["prompt"]], [row[side]], [row["facts"]])[0])
 
 
 def test_files_have_the_sizes_asked_for_and_their_readers_take_every_row(fair: WorldFiles) -> None:
@@ -86,7 +90,7 @@ def test_the_probes_good_answer_is_shorter_and_better(fair: WorldFiles) -> None:
 
 
 def test_every_file_has_prompts_of_its_own_stream(fair: WorldFiles) -> None:
-    first = [rows(getattr(fair, name))[0]["prompt"] for name in SIZES if name != "pretrain"]
+    first = [rows(getattr(fair, name))[0]["prompt"] for name in SIZES if name not in ("drills", "texts")]
     assert len(set(first)) == len(first)
 
 
@@ -99,10 +103,22 @@ def test_names_items_and_numbers_are_single_tokens_and_text_comes_back(fair: Wor
         assert tokenizer.decode(tokenizer.encode(row["completion"])) == row["completion"]
 
 
-def test_plain_text_holds_request_answer_and_reaction(fair: WorldFiles) -> None:
-    text = rows(fair.pretrain)[0]["text"]
-    assert text.count("\n") == 1
-    assert any(word in text for word in ("right", "wrong", "missing"))
+def test_half_of_the_texts_are_answers_and_half_are_proofread(fair: WorldFiles) -> None:
+    texts = read_texts(fair.texts)
+    assert all([trained for _, trained in spans] == [False, True] for spans in texts)
+    marked = sum(bool(re.search(r" (ok|wrong)\b", spans[1][0])) for spans in texts) / len(texts)
+    assert marked == pytest.approx(0.5, abs=0.06)
+
+
+def test_drills_train_only_what_the_request_tells(fair: WorldFiles) -> None:
+    known = set(world.KIND_OF) | {"ok", "wrong"}
+    for spans in read_texts(fair.drills):
+        assert {text.strip() for text, trained in spans if trained} <= known
+        (prompt, asked), *rest = spans
+        assert not asked
+        for (word, _), (mark, trained) in zip(rest, rest[1:], strict=False):
+            if trained and mark.strip() in ("ok", "wrong"):
+                assert (mark == " ok") == (word.strip() in re.findall(r"\w+", prompt))
 
 
 @pytest.mark.parametrize("wrong", [{"prompts": 0}, {"vocab_size": 100}])
