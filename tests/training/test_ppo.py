@@ -393,6 +393,14 @@ def test_critic_pretraining_moves_the_critic_alone_and_makes_it_better() -> None
     assert found[-1] > found[0] + 0.05
 
 
+def test_critic_pretraining_does_not_clip_the_value() -> None:
+    after = []
+    for clip in (1e-6, None):
+        config, state = start(value_clip=clip)
+        after.append(ppo.pretrain_critic(TASK, state, config, seed=3).state.learners.critic.params)
+    assert identical(*after)
+
+
 def train(config: PPOConfig, **named: Any) -> ppo.StageResult:
     return ppo.train(
         MODEL, POLICY, REFERENCE, CRITIC, TASK.scorer, PROMPTS, config, seed=3, stop_ids=[EOS], **named
