@@ -355,6 +355,21 @@ def test_an_iteration_is_repeatable_from_its_seed_and_writes_to_nobody_elses_par
         assert identical(old, {"tree": tree_leaves(params)})
 
 
+def test_each_iteration_cuts_its_minibatches_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[int]] = []
+
+    def spy(*args: Any, generator: torch.Generator, **named: Any) -> Any:
+        orders.append(
+            torch.randperm(12, generator=torch.Generator().set_state(generator.get_state())).tolist()
+        )
+        return ppo_update.optimise(*args, generator=generator, **named)
+
+    monkeypatch.setattr(ppo, "optimise", spy)
+    config, state = start()
+    ppo.iteration(TASK, ppo.iteration(TASK, state, config, seed=3).state, config, seed=3)
+    assert len(orders) == 2 and orders[0] != orders[1]
+
+
 @pytest.mark.parametrize(("target", "rises"), [(1e-3, True), (1e3, False)])
 def test_the_adaptive_controller_moves_beta_and_the_next_iteration_uses_it(
     target: float, rises: bool
