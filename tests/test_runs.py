@@ -60,7 +60,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     stops: tuple[int, ...] = ()
     target: float | None = 6.0
-    limit: int | float = 1
+    limit: float | int = 1
     inner: Inner = field(default_factory=Inner)
     deep: Deep = field(default_factory=Deep)
     probe: Inner | None = None
