@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -157,6 +158,12 @@ def test_reward_model_is_normalised_on_the_sft_models_own_responses(made: Path) 
     scores = stages.reward_model_scorer(model, params, normalisation)(rollout, torch.zeros(16))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    used = Counter(
+        tuple(row[:length].tolist())
+        for row, length in zip(rollout.tokens, rollout.prompt_lengths, strict=True)
+    )
+    assert used.keys() == {tuple(ids) for ids in stages._prompts(pairs.validation)}
+    assert max(used.values()) - min(used.values()) <= 1
     assert len(rollout.tokens) == 16 and int((rollout.lengths - rollout.prompt_lengths).max()) <= 8
 
 
@@ -181,8 +188,17 @@ def test_ppo_from_another_reference_measures_kl_to_it(made: Path, tmp_path: Path
         config=PPO,
         setting=quiet(),
     )
-    row = read_metrics(tmp_path / "out/metrics.jsonl")[0]
-    assert row["step"] == 0 and row["validation/kl"] > 0.01
+    rows = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert rows[0]["step"] == 0 and rows[0]["validation/kl"] > 0.01
+    assert abs(rows[1]["objective/kl"]) > 1e-3  # 0 before the first update, were the policy its own reference
+
+
+def test_dpo_from_another_reference_measures_margins_to_it(made: Path, tmp_path: Path) -> None:
+    data = made / "data/preferences.jsonl"
+    config = replace(DPO, start_at_reference=False)
+    stages.dpo(made / "sft", made / "model", data, tmp_path / "out", config=config, setting=quiet())
+    first = read_metrics(tmp_path / "out/metrics.jsonl")[0]
+    assert first["step"] == 0 and abs(first["eval_rewards/chosen"]) > 1e-3
 
 
 def test_samples_are_written_at_every_evaluation(made: Path, tmp_path: Path) -> None:
@@ -229,8 +245,19 @@ def test_another_shape_and_another_tokenizer_are_refused(made: Path, tmp_path: P
     wide = replace(SHAPE, n_embd=32)
     stages.new_model(made / "data/tokenizer.json", tmp_path / "wide", shape=wide, seed=0)
     data = made / "data/preferences.jsonl"
-    with pytest.raises(InputError, match="wide to have the shape of .*sft, got n_embd 32 and 16"):
+    wrong = "wide to have the shape of .*sft, got n_embd 32 and 16"
+    with pytest.raises(InputError, match=wrong):
         stages.dpo(made / "sft", tmp_path / "wide", data, tmp_path / "out", config=DPO, setting=quiet())
+    with pytest.raises(InputError, match=wrong):
+        stages.ppo(
+            made / "sft",
+            tmp_path / "wide",
+            made / "reward",
+            made / "data/prompts.jsonl",
+            tmp_path / "out",
+            config=PPO,
+            setting=quiet(),
+        )
     other = tmp_path / "other"
     stages.new_model(made / "data/tokenizer.json", other, shape=SHAPE, seed=0)
     vocabulary = json.loads((other / "tokenizer.json").read_text())
