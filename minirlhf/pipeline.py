@@ -56,7 +56,9 @@ def run_world(out: Path, config: RunConfig, *, device: str) -> None:
         )
         drilled, base = run.model("drilled"), run.model("base")
         _announce("base model, first part: drills in copying and checking")
-        stages.pretrain(random, run.data / "drills.jsonl", drilled, config=config.drills, setting=setting)
+        stages.pretrain(
+            random, run.data / "drills.jsonl", drilled, config=config.drills, setting=setting, name="drills"
+        )
         _announce("base model, second part: the world's plain text")
         stages.pretrain(drilled, run.data / "texts.jsonl", base, config=config.base, setting=setting)
         bayes = world_files.bayes_accuracy(

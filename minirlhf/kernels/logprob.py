@@ -9,8 +9,22 @@ the log-softmax in fp32 for half-precision input (fp64 stays fp64), and return e
 where the mask is False, whatever lies there.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class TokenReport(NamedTuple):
+    """What a supervised step wants to know of its tokens; each [B, T], 0 or False where masked.
+
+    logp: in nats, differentiable. entropy: of the law at the token, in nats, without a gradient.
+    is_argmax: bool, the token is a most probable one.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    is_argmax: Tensor
 
 
 def token_logp(
@@ -59,6 +73,24 @@ def token_logp_and_entropy(
     rows, ids = _selected(states, tokens, mask)
     logp = _log_softmax(rows, unembedding, temperature)
     return _scattered(_of_token(logp, ids), mask), _scattered(_entropy(logp), mask)
+
+
+def token_report(
+    states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0
+) -> TokenReport:
+    """`token_logp` with metrics beside it that cost neither a second product nor a backward pass.
+
+    Arguments and errors are those of `token_logp`.
+    """
+    _check(states, unembedding, tokens, mask, temperature)
+    rows, ids = _selected(states, tokens, mask)
+    logp = _log_softmax(rows, unembedding, temperature)
+    chosen, fixed = _of_token(logp, ids), logp.detach()
+    return TokenReport(
+        _scattered(chosen, mask),
+        _scattered(_entropy(fixed), mask),
+        _scattered(chosen.detach() == fixed.amax(-1), mask),
+    )
 
 
 def token_logp_dense(

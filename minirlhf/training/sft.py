@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minirlhf.data.batches import validate
 from minirlhf.data.records import Example, Sequences, collate, take
-from minirlhf.kernels.logprob import token_logp_and_entropy
+from minirlhf.kernels.logprob import token_report
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import token_sum
 from minirlhf.objectives.supervised import token_loss
@@ -106,11 +106,10 @@ def loss(
         model: the family and its config.
     """
     states, unembedding = aligned(model.hidden(params, batch.tokens)), model.unembedding(params)
-    logp, entropy = token_logp_and_entropy(states, unembedding, batch.tokens, batch.mask)
-    right = _argmax_is_token(states.detach(), unembedding.detach(), batch)
-    return token_sum(token_loss(logp, batch.mask), batch.mask) / normaliser, {
-        "mean_token_accuracy": right.sum() / normaliser,
-        "entropy": token_sum(entropy.detach(), batch.mask) / normaliser,
+    report = token_report(states, unembedding, batch.tokens, batch.mask)
+    return token_sum(token_loss(report.logp, batch.mask), batch.mask) / normaliser, {
+        "mean_token_accuracy": report.is_argmax.sum() / normaliser,
+        "entropy": token_sum(report.entropy, batch.mask) / normaliser,
     }
 
 
@@ -119,11 +118,6 @@ def cut(rows: Sequences, index: Tensor, *, micro_batch_size: int, device: torch.
     micro_batches = [move(take(rows, part), device) for part in index.split(micro_batch_size)]
     trained = rows.mask[index].sum().to(device, torch.float32)
     return Step(micro_batches, trained, int(rows.lengths[index].sum()))
-
-
-def _argmax_is_token(states: Tensor, unembedding: Tensor, batch: Sequences) -> Tensor:
-    """[number of trained tokens] bool: is the token the most probable one?"""
-    return (states[batch.mask] @ unembedding.T).argmax(-1) == batch.tokens[batch.mask]
 
 
 def _rows(examples: Sequence[Example], name: str, model: LanguageModel) -> Sequences:

@@ -78,13 +78,15 @@ def new_model(tokenizer: Path, out: Path, *, shape: ShapeConfig, seed: int) -> s
     return f"{out}: GPT-2 with {count:,} parameters, {shape.n_layer} layers, vocabulary {text.vocab_size}"
 
 
-def pretrain(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Setting) -> Metrics:
-    """Plain language modelling: every token of every text is trained."""
+def pretrain(
+    policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Setting, name: str = "pretrain"
+) -> Metrics:
+    """Plain language modelling: every token of every text is trained, or those that the file says."""
     refuse_existing(out)
     start = load_policy(policy, setting)
     train, validation = read_plain(start, data, setting)
     openings = [example.ids[: max(1, len(example.ids) // 3)] for example in validation]
-    return _supervise("pretrain", start, train, validation, openings, data, out, config, setting)
+    return _supervise(name, start, train, validation, openings, data, out, config, setting)
 
 
 def sft(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Setting) -> Metrics:

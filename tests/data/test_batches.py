@@ -13,7 +13,6 @@ from minirlhf.data.batches import (
     validate,
     validate_pairs,
 )
-from minirlhf.data.buckets import bucketed_order, padding_waste
 from minirlhf.data.records import (
     Demonstration,
     PairExample,
@@ -236,15 +235,13 @@ def test_an_epoch_is_repeated_by_its_generator_and_differs_from_the_next():
     assert first != second != list(range(50)) != first
 
 
-@pytest.mark.parametrize(
-    "order", [epoch_order, lambda n, **k: bucketed_order([1 + i % 5 for i in range(n)], window=2, **k)]
-)
-def test_an_epoch_can_be_restarted_in_its_middle_and_the_next_is_the_same(order):
+def test_an_epoch_can_be_restarted_in_its_middle_and_the_next_is_the_same():
     whole, restarted = seeded(4), seeded(4)
-    expected = [*order(50, batch_size=8, generator=whole)][3:] + [*order(50, batch_size=8, generator=whole)]
+    expected = [*epoch_order(50, batch_size=8, generator=whole)][3:]
+    expected += epoch_order(50, batch_size=8, generator=whole)
     got = [
-        *order(50, batch_size=8, generator=restarted, skip=3),
-        *order(50, batch_size=8, generator=restarted),
+        *epoch_order(50, batch_size=8, generator=restarted, skip=3),
+        *epoch_order(50, batch_size=8, generator=restarted),
     ]
     assert len(expected) == len(got) and all(map(torch.equal, expected, got))
 
@@ -258,40 +255,8 @@ def test_the_generator_advances_when_the_epoch_is_made_and_not_when_it_is_read()
     assert all(map(torch.equal, second, epoch_order(10, batch_size=2, generator=read)))
 
 
-def test_buckets_hold_similar_lengths_and_save_padding():
-    lengths = torch.randint(1, 200, (500,), generator=seeded(0)).tolist()
-    wastes = [
-        padding_waste(
-            lengths, list(bucketed_order(lengths, batch_size=8, window=window, generator=seeded(1)))
-        )
-        for window in (1, 4, 16)
-    ]
-    assert wastes[0] > 2 * wastes[1] > 4 * wastes[2] > 0
-    assert wastes[0] == padding_waste(lengths, list(epoch_order(500, batch_size=8, generator=seeded(1))))
-
-
-def test_buckets_do_not_come_in_order_of_length():
-    lengths = list(range(1, 65))
-    batches = list(bucketed_order(lengths, batch_size=4, window=16, generator=seeded(0)))
-    assert [sorted(batch.tolist()) for batch in batches] != [list(range(i, i + 4)) for i in range(0, 64, 4)]
-    assert all(max(batch) - min(batch) == 3 for batch in batches)
-
-
-def test_padding_waste_is_counted_from_the_collated_batch():
-    batch = collate([([1], [2] * 3), ([1], [2] * 7)])
-    padded = (torch.arange(8) >= batch.lengths[:, None]).sum().item()
-    assert (
-        padding_waste(batch.lengths.tolist(), [torch.tensor([0, 1])]) == padded / batch.tokens.numel() == 0.25
-    )
-
-
 @pytest.mark.parametrize("change", [{"n": 0}, {"batch_size": 0}, {"skip": -1}])
 def test_an_order_of_nothing_is_refused(change):
     arguments = {"n": 3, "batch_size": 2, "skip": 0, **change}
     with pytest.raises(ValueError, match="expected n >= 1, batch_size >= 1, skip >= 0"):
         epoch_order(**arguments, generator=seeded(0))
-    lengths = [1] * arguments.pop("n")
-    with pytest.raises(ValueError, match="expected lengths, batch_size >= 1, window >= 1, skip >= 0"):
-        bucketed_order(lengths, **arguments, window=1, generator=seeded(0))
-    with pytest.raises(ValueError, match="at least one batch"):
-        padding_waste([], [])

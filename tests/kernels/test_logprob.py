@@ -15,6 +15,7 @@ from minirlhf.kernels.logprob import (
     token_logp_and_entropy,
     token_logp_and_entropy_dense,
     token_logp_dense,
+    token_report,
 )
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -206,6 +207,23 @@ def test_masked_tokens_cost_no_product_with_the_unembedding() -> None:
     with counter:
         token_logp(states, unembedding, tokens, mask)
     assert counter.get_total_flops() == 2 * int(mask.sum()) * 8 * 50
+
+
+def test_a_token_report_has_the_same_logp_and_gradient_and_constant_metrics() -> None:
+    states, unembedding, tokens, mask = batch(8, b=4, t=9, d=5, v=6)
+    logits = states @ unembedding.T / 0.8
+    tokens = torch.where(torch.arange(9) % 2 == 0, logits.argmax(-1), tokens)  # some right, some not
+    live = states.clone().requires_grad_()
+    report = token_report(live, unembedding, tokens, mask, temperature=0.8)
+    logp, entropy = token_logp_and_entropy(states, unembedding, tokens, mask, temperature=0.8)
+    torch.testing.assert_close(report.logp, logp, rtol=0, atol=0)
+    torch.testing.assert_close(report.entropy, entropy, rtol=0, atol=0)
+    assert torch.equal(report.is_argmax, mask & (logits.argmax(-1) == tokens))
+    assert 0 < int(report.is_argmax.sum()) < int(mask.sum())
+    assert report.logp.requires_grad and not report.entropy.requires_grad
+    (got,) = torch.autograd.grad(report.logp.sum(), live)
+    (right,) = torch.autograd.grad(token_logp(live, unembedding, tokens, mask, temperature=0.8).sum(), live)
+    torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("function", ALL)
