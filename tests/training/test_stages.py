@@ -348,3 +348,20 @@ def test_plain_text_is_cut_into_disjoint_training_and_validation(made: Path) -> 
     train, validation = stages.read_plain(start, made / "data/plain.jsonl", quiet())
     assert len(train) == 36 and len(validation) == 4
     assert not {tuple(e.ids) for e in train} & {tuple(e.ids) for e in validation}
+
+
+def test_a_prompt_without_room_for_the_response_is_dropped_with_its_line_or_refused(
+    made: Path, tmp_path: Path
+) -> None:
+    start = stages.load_policy(made / "model", quiet())
+    longest = len(start.tokenizer.encode("red " * 20)) + 2
+    rows = [{"prompt": f"I want {i}.\n"} for i in range(30)] + [{"prompt": "red " * 20 + "\n"}]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    said: list[object] = []
+    dropping = quiet(overlong="drop")._replace(show=said.append)
+    parts = stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, dropping)
+    assert sum(map(len, parts)) == 30
+    assert any("dropped 1 of" in str(line) and "line 31" in str(line) for line in said)
+    with pytest.raises(InputError, match="prompts.jsonl|31"):
+        stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, quiet())
+    assert sum(map(len, stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 2, quiet()))) == 31
