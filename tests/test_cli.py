@@ -16,6 +16,7 @@ from minirlhf.commands import COMMANDS
 from minirlhf.data.readers import read_prompts
 from minirlhf.data.splits import split_by_prompt
 from minirlhf.data.world_files import WorldConfig
+from minirlhf.evaluation import stage as evaluation_stage
 from minirlhf.evaluation.compare import EvaluationConfig
 from minirlhf.recipes import RunConfig
 from minirlhf.runs import InputError, RunLayout, dump_config, load_config, read_metrics
@@ -232,6 +233,26 @@ def test_evaluation_prompts_are_in_no_training_split(world_run: Path) -> None:
     splits = split_by_prompt(rows, fractions=reading.fractions, seed=reading.split_seed)
     assert evaluated and evaluated <= {row.prompt for row in splits.test}
     assert not evaluated & {row.prompt for row in (*splits.train, *splits.validation)}
+
+
+def test_every_evaluated_prompt_is_judged_by_its_own_text(
+    world_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def compare(
+        model: Any, sft: Any, policies: Any, ids: Any, texts: Any, *, tokenizer: Any, **rest: Any
+    ) -> None:
+        seen.extend((tokenizer.decode(row), text) for row, text in zip(ids, texts, strict=True))
+        raise InputError("seen")
+
+    monkeypatch.setattr(evaluation_stage, "compare", compare)
+    data = world_run / "data/prompts.jsonl"
+    models = ("--reference", world_run / "sft", "--reward-model", world_run / "reward")
+    rest = (*models, "--data", data, "--prompts", 4, "--max-response", 8)
+    assert command("evaluate", tmp_path / "out", "--policy", world_run / "dpo", *rest) == 2
+    assert len(seen) == 4 and len(set(seen)) == 4
+    assert all(decoded == text for decoded, text in seen)
 
 
 def test_the_same_command_twice_gives_the_same_table(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minirlhf.data.records import Example, PairExample
+from minirlhf.data.records import PairExample
 from minirlhf.objectives.preference import bradley_terry_loss
 
 _STEPS, _RATE, _RIDGE = 300, 0.05, 1e-3
@@ -51,14 +51,9 @@ def _count_difference(pairs: Sequence[PairExample], vocab_size: int) -> Tensor:
     rows, columns, values = [], [], []
     for row, pair in enumerate(pairs):
         for side, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0)):
-            ids = _response(side)
-            rows += [row] * len(ids)
-            columns += ids
-            values += [sign] * len(ids)
+            rows += [row] * len(side.ids)
+            columns += side.ids  # the prompt is on both sides and cancels
+            values += [sign] * len(side.ids)
     indices = torch.tensor([rows, columns])
     size = (len(pairs), vocab_size)
     return torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=False).coalesce()
-
-
-def _response(example: Example) -> list[int]:
-    return example.ids[example.prompt_length :]
