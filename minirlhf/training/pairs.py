@@ -102,7 +102,7 @@ def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
 def per_row(
     function: Callable[[Sequences], Tensor], rows: Sequences, *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
-    """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in the order given."""
+    """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in order."""
     lengths = rows.lengths.cpu()
     order = longest_first(lengths, torch.arange(len(lengths)))
     parts = [take(rows, part.to(rows.lengths.device)) for part in order.split(micro_batch_size)]
