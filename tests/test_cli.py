@@ -208,7 +208,7 @@ def test_run_leaves_the_whole_run_directory(world_run: Path) -> None:
     assert config == dataclasses.replace(tiny(), policies=("ppo", "ppo-no-kl", "dpo", "ipo"))
     manifest = json.loads(run.manifest.read_text())
     assert manifest["weights"].keys() == set(names) and manifest["seconds"] > 0
-    stages = ("pretrain", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
+    stages = ("drills", "pretrain", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
     assert {row["stage"] for row in read_metrics(run.metrics)} == set(stages)
 
 
