@@ -53,7 +53,7 @@ def demo() -> RunConfig:
         drills=_small(SFTConfig, learning_rate=2e-3, evaluate_every=60),
         base=_small(SFTConfig, learning_rate=2e-3, evaluate_every=60),
         sft=_small(SFTConfig, learning_rate=5e-4, evaluate_every=20),
-        reward=_small(RewardConfig, learning_rate=5e-4, evaluate_every=50),
+        reward=_small(RewardConfig, learning_rate=5e-4, evaluate_every=50, epochs=2),
         normalise=NormaliseConfig(rollouts=512, max_response=_DEMO_RESPONSE, temperature=_DEMO_TEMPERATURE),
         ppo=PPOConfig(
             iterations=16,
@@ -76,8 +76,8 @@ def demo() -> RunConfig:
 
 
 def _small(stage: type[Any], **settings: Any) -> Any:
-    """One pass in a few hundred steps; Adam's default memory of 1,000 steps would outlast them."""
-    return stage(epochs=1, batch_size=32, micro_batch_size=32, adam_beta2=0.99, **settings)
+    """A stage of a few hundred steps, one pass unless said; Adam's default memory of 1,000 steps would outlast them."""
+    return stage(**{"epochs": 1, "batch_size": 32, "micro_batch_size": 32, "adam_beta2": 0.99} | settings)
 
 
 def real() -> RunConfig:

@@ -162,14 +162,14 @@ def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) ->
     The variance divides by N. With rollouts of SFT, a score of 1 is one standard deviation above its mean.
 
     Raises:
-        ValueError: fewer than two rollouts, or all with the same reward.
+        InputError: fewer than two rollouts, or all with the same reward.
     """
     mask = torch.zeros_like(rollouts.tokens, dtype=torch.bool)  # rewards read no mask
     rows = Sequences(rollouts.tokens, mask, rollouts.prompt_lengths, rollouts.lengths)
     raw = scores(model, params, rows).double()
     shift, scale = float(raw.mean()), float(raw.std(correction=0)) if len(raw) > 1 else 0.0
     if not scale > 0:
-        raise ValueError(
+        raise InputError(
             f"expected rollouts of different rewards to normalise by, got {len(raw)} of {shift:.4g}"
         )
     return Normalisation(shift=shift, scale=scale)

@@ -53,6 +53,7 @@ def train(
     config: SFTConfig,
     *,
     generator: torch.Generator,
+    name: str = "sft",
     evaluate: Evaluate | None = None,
     log: Log | None = None,
     keep: Keep | None = None,
@@ -66,6 +67,7 @@ def train(
         validation_examples: held-out ones.
         config: see `SFTConfig`.
         generator: order of the data; advanced.
+        name: on the progress display and in errors; pretraining is the same loop.
         evaluate: further metrics of a policy at each evaluation, such as a win rate.
         log: see `loop.Log`.
         keep: see `loop.Keep`.
@@ -78,7 +80,7 @@ def train(
     rows = _rows(train_examples, "training", model)
     held_out = _rows(validation_examples, "validation", model)
     stage = Stage(
-        name="sft",
+        name=name,
         loss=partial(loss, model=model),
         lengths=rows.lengths,
         cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),

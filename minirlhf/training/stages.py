@@ -118,6 +118,7 @@ def _supervise(
             validation,
             config,
             generator=generator_for(setting, name),
+            name=name,
             evaluate=_watcher(name, start, prompts, stage, setting),
             log=stage.log,
             keep=stage.keep,
