@@ -108,7 +108,8 @@ def _ending(sentences: Sequence[str]) -> float:
     complete = sentences if whole else sentences[:-1]
     strange = sum(not any(pattern.fullmatch(sentence) for pattern in _KNOWN) for sentence in complete)
     return (
-        BROKEN_OFF * (not whole)
+        0.0  # so that no defect is 0 and not -0
+        + BROKEN_OFF * (not whole)
         + REPEATED * (len(complete) - len(set(complete)))
         + FILLER * sum(sentence in FILLERS for sentence in set(complete))
         + STRANGE * strange
