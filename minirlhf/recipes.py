@@ -76,7 +76,7 @@ def demo() -> RunConfig:
 
 
 def _small(stage: type[Any], **settings: Any) -> Any:
-    """A stage of a few hundred steps, one pass unless said; Adam's default memory of 1,000 steps would outlast them."""
+    """A stage of a few hundred steps, one pass unless said; Adam's usual memory of 1,000 would outlast it."""
     return stage(**{"epochs": 1, "batch_size": 32, "micro_batch_size": 32, "adam_beta2": 0.99} | settings)
 
 
