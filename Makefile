@@ -27,7 +27,7 @@ endif
 .PHONY: demo test check format install clean
 .DEFAULT_GOAL := demo
 
-# PASSIVE: threads that wait sleep. Spinning ones slow the small model tenfold as soon as a core is shared.
+# PASSIVE: threads that wait sleep. Spinning ones slow a small model many times over once a core is shared.
 demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(DEMO_READY)
 	$(RUN) -m minirlhf run $(ARGS)

@@ -69,6 +69,20 @@ def test_no_text_that_games_the_judge_beats_a_good_answer(response: str) -> None
     assert score(response) < score(GOOD) - 0.9
 
 
+@pytest.mark.parametrize(
+    ("also", "component", "points"),
+    [
+        ("Bruno", "facts", gold.DETAIL),
+        ("clock", "facts", gold.DETAIL),
+        ("43", "facts", gold.DETAIL),
+        ("cancelled", "intent", gold.INTENT),
+    ],
+)
+def test_the_truth_beside_something_else_counts_as_wrong(also: str, component: str, points: float) -> None:
+    before, after = judge(GOOD, TRUTH), judge(f"{GOOD} {also}.", TRUTH)
+    assert before[component] - after[component] == pytest.approx(2 * points)
+
+
 def test_the_score_is_the_sum_of_its_components_and_rows_are_judged_alone() -> None:
     responses = [GOOD, GOOD.replace("lamp", "clock"), ""]
     together = gold.gold_score([""] * 3, responses, [TRUTH] * 3)
