@@ -1,0 +1,231 @@
+"""`certify`: point the laws of a kind at any function, and read the verdict."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+from minirlhf.verify.cases import generic, pool, size_of, smallest
+from minirlhf.verify.catalogue import kind_named
+from minirlhf.verify.fit import Variant, agree, fit
+from minirlhf.verify.kinds import Case, Claim, Kind, Law
+from minirlhf.verify.probe import Lacking, Probe, Raised
+from minirlhf.verify.report import ABSENT, BROKEN, HOLDS, Finding, Report
+from minirlhf.verify.subject import Binding, SubjectError, bind, required, results_of
+from minirlhf.verify.zoo import nearest_bug
+
+_ATTEMPTS = 300
+_ORIENTED = Law(
+    name="a_loss_falls",
+    family="gradient",
+    statement="what is called a loss is minimised: its gradient points away from a better policy",
+    source="Liger-Kernel #484: DPO's loss, double-negated, was maximised in four releases",
+    check=lambda f, case: iter(()),
+)
+
+
+def certify(
+    fn: Callable[..., Any],
+    kind: str,
+    *,
+    order: Sequence[str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    output: int | str | Callable[[Any], Any] | None = None,
+    without: Sequence[str] = (),
+    require: Sequence[str] = (),
+    shrink_seconds: float = 1.5,
+    **adapter: str | float,
+) -> Report:
+    """Tries a function against every law of its kind.
+
+    Args:
+        fn: the subject, any callable on torch tensors.
+        kind: a name of `KINDS` ("dpo", "gae", ...); `minirlhf verify --list` prints their signatures.
+        order: canonical argument names in the order of the subject's positional parameters.
+        fixed: the subject's own parameters that the kind does not know, with the values to pass.
+        output: index, name or function that picks the result from what the subject returns.
+        without: features (optional arguments or behaviours of the kind) to be treated as absent.
+        require: features whose absence is to count as a defect; "all" for all of them.
+        shrink_seconds: time for making counter-examples small; 0 takes them as they were found.
+        adapter: canonical argument = the subject's parameter name, or the number that the subject has built in.
+
+    Returns:
+        A Report: laws held and broken, conventions found, features absent, the nearest known bug. True in a
+        boolean context if no law is broken.
+
+    Raises:
+        SubjectError: the subject could not be tried: no such kind, an argument without a match, a function
+            that raises on every input, a result of an impossible shape.
+    """
+    start = time.perf_counter()
+    chosen = kind_named(kind)
+    binding = bind(fn, chosen, order=order, fixed=fixed, output=output, renamed=adapter)
+    binding, variant = fit(binding)
+    demanded = _demanded(chosen, require)
+    lacking = _lacking(binding, without, demanded)
+    findings: list[Finding] = []
+    for law in chosen.laws:
+        probe = Probe(binding, variant, frozenset(lacking))
+        finding = _finding(law, probe, lacking, demanded)
+        if finding.status == ABSENT and law.proves:
+            lacking.add(law.proves)
+        findings.append(finding)
+    if variant.sign < 0 and "loss" in binding.label.rsplit(".", 1)[-1].lower():
+        findings.append(_ascending(binding, variant))
+    probe = Probe(binding, variant, frozenset(lacking))
+    findings = list(_shrunk(findings, probe, time.perf_counter() + shrink_seconds))
+    broken = any(finding.status == BROKEN for finding in findings)
+    return Report(
+        subject=binding.label,
+        binding=binding,
+        variant=variant,
+        findings=tuple(findings),
+        absent=tuple(sorted(lacking)),
+        nearest=nearest_bug(probe) if broken else None,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def first_broken(law: Law, probe: Probe, cases: Sequence[Case]) -> Claim | None:
+    """The first claim of a law that does not hold on these cases; None where all hold.
+
+    Raises:
+        Lacking: the law asks for a result that the subject does not give.
+    """
+    for case in cases:
+        try:
+            for claim in law.check(probe, probe.binding.restricted(case)):
+                if not _holds(claim, probe.variant.tolerance):
+                    return claim
+        except Raised as raised:
+            why = "an input that every subject of this kind has to take"
+            return Claim(raised.case, raised.error, "holds", None, why)
+    return None
+
+
+def _holds(claim: Claim, tolerance: float) -> bool:
+    got, want, slack = claim.got, claim.want, tolerance * claim.loose
+    if isinstance(got, Exception):
+        return False
+    if claim.relation == "finite":
+        return bool(got.isfinite().all())
+    if claim.relation == "holds":
+        return bool(got.all())
+    assert want is not None
+    if claim.relation == "==":
+        return agree(got, want, slack)
+    margin = slack * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+    if claim.relation == ">=":
+        return bool((got.double() >= want.double() - margin).all())
+    assert claim.relation == "<=", claim.relation
+    return bool((got.double() <= want.double() + margin).all())
+
+
+def _finding(law: Law, probe: Probe, lacking: set[str], demanded: set[str]) -> Finding:
+    missing = [need for need in law.needs if need in lacking]
+    if missing or law.proves in lacking:
+        return Finding(law, ABSENT, lacks=missing[0] if missing else law.proves)
+    cases = pool(probe.binding.kind) if law.cases is None else law.cases()
+    if law.cases is not None:
+        unable = _inexpressible(probe.binding, cases)
+        if unable:
+            return Finding(law, ABSENT, lacks=unable)
+    try:
+        claim = first_broken(law, probe, cases)
+    except Lacking as lack:
+        return Finding(law, ABSENT, lacks=str(lack))
+    if claim is None:
+        return Finding(law, HOLDS)
+    if law.proves and law.proves not in demanded:
+        return Finding(law, ABSENT, lacks=law.proves, claim=claim)
+    return Finding(law, BROKEN, claim=claim)
+
+
+def _inexpressible(binding: Binding, cases: Sequence[Case]) -> str | None:
+    """The argument that keeps the subject from being given these deterministic cases as they are."""
+    for case in cases:
+        can = binding.restricted(case)
+        for name, value in case.items():
+            same = name in can and (
+                can[name] is value or torch.equal(torch.as_tensor(can[name]), torch.as_tensor(value))
+            )
+            if not same:
+                return name
+    return None
+
+
+def _shrunk(findings: Sequence[Finding], probe: Probe, deadline: float) -> Iterator[Finding]:
+    """The findings, with the smallest counter-examples that the time allows; small ones are tried on all."""
+    small: list[Case] = []
+    for finding in findings:
+        if finding.status != BROKEN or finding.law.cases is not None or finding.law is _ORIENTED:
+            yield finding
+            continue
+        claim = _first_of(finding.law, probe, small)
+        if claim is None and time.perf_counter() < deadline:
+            claim = _search(finding.law, probe, deadline)
+            if claim is not None:
+                small.append(claim.case)
+        yield finding._replace(claim=claim or finding.claim)
+
+
+def _first_of(law: Law, probe: Probe, cases: Sequence[Case]) -> Claim | None:
+    try:
+        return first_broken(law, probe, cases)
+    except Lacking:
+        return None
+
+
+def _search(law: Law, probe: Probe, deadline: float) -> Claim | None:
+    best: list[Case] = []
+    seen: dict[str, bool] = {}
+
+    def breaks(case: Case) -> bool:
+        key = repr(case)
+        if key not in seen:
+            late = time.perf_counter() > deadline
+            seen[key] = not late and _first_of(law, probe, [case]) is not None
+            if seen[key] and (not best or size_of(case) < size_of(best[0])):
+                best[:] = [case]
+        return seen[key]
+
+    smallest(probe.binding.kind, breaks, attempts=_ATTEMPTS)
+    return _first_of(law, probe, best)
+
+
+def _demanded(kind: Kind, require: Sequence[str]) -> set[str]:
+    names = set(kind.features) if list(require) == ["all"] else set(require)
+    unknown = sorted(names - set(kind.features))
+    if unknown:
+        raise SubjectError(f"{kind.name} has no feature {unknown[0]!r}; it has {', '.join(kind.features)}")
+    return names
+
+
+def _lacking(binding: Binding, without: Sequence[str], demanded: set[str]) -> set[str]:
+    kind = binding.kind
+    unknown = sorted(set(without) - set(kind.features))
+    if unknown:
+        raise SubjectError(f"{kind.name} has no feature {unknown[0]!r}; it has {', '.join(kind.features)}")
+    lacking = {name for name in binding.absent if not required(kind.argument(name))}
+    lacking |= set(binding.built_in)
+    results = results_of(binding.call(binding.restricted(generic(kind)[0])), kind)
+    lacking |= {name for name in kind.fields[1:] if name not in results}
+    if lacking & demanded:
+        raise SubjectError(
+            f"{binding.label} lacks {', '.join(sorted(lacking & demanded))}, which was required"
+        )
+    return lacking | set(without)
+
+
+def _ascending(binding: Binding, variant: Variant) -> Finding:
+    case = binding.restricted(generic(binding.kind)[0])
+    probe = Probe(binding, replace_sign(variant), frozenset())
+    claim = Claim(case, probe.value(case), "==", probe.expected(case), "the loss, as it is minimised")
+    return Finding(_ORIENTED, BROKEN, claim=claim)
+
+
+def replace_sign(variant: Variant) -> Variant:
+    """The variant as if the subject were to be minimised."""
+    return variant._replace(sign=1)

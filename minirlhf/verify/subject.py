@@ -1,0 +1,283 @@
+"""A user's function behind the canonical signature of its kind: which of its parameters is which argument.
+
+Parameters are matched by the names the user gives, else by their own names, else by known synonyms, else by
+position where nothing is left to guess. What a subject lacks is an absent feature, where the kind can do
+without it; a width or weight that is built in is measured or stated.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.verify.kinds import Argument, Case, Kind, Mask, Numbers
+
+
+class SubjectError(Exception):
+    """The subject cannot be tried: what is wrong, and what to say instead."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How to call the subject.
+
+    names: canonical argument → the subject's parameter (several arguments may share one).
+    positions: canonical argument → place, for parameters that cannot be named.
+    constants: the subject's parameter → a value that the user fixed.
+    built_in: canonical number → the value that the subject has built in.
+    absent: arguments that the subject lacks.
+    pick: from what the function returns to the result, or the tuple of results.
+    label: the name in reports; place: what to import it from, "" where it cannot be imported.
+    """
+
+    fn: Callable[..., Any]
+    kind: Kind
+    names: Mapping[str, str]
+    positions: Mapping[str, int]
+    constants: Mapping[str, Any]
+    built_in: Mapping[str, float]
+    absent: frozenset[str]
+    pick: Callable[[Any], Any] | None
+    label: str
+    mask_dtype: torch.dtype = torch.bool
+    notes: tuple[str, ...] = field(default=())
+
+    def restricted(self, case: Case) -> Case:
+        """The case as far as this subject can express it."""
+        kept = dict(case)
+        for argument in self.kind.arguments:
+            name = argument.name
+            if name in self.built_in:
+                kept[name] = self.built_in[name]
+            elif name in self.absent and argument.neutral is not None:
+                kept[name] = argument.neutral(kept)
+            elif name in self.absent and argument.optional:
+                kept.pop(name, None)
+        for shared in self._shared():
+            present = [name for name in shared if name in kept]
+            for name in present[1:]:
+                kept[name] = kept[present[0]]
+        return kept
+
+    def call(self, case: Case) -> Any:
+        """What the subject returns, its own pick applied."""
+        positional, named = self.arguments(case)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs, about themselves
+            result = self.fn(*positional, **named)
+        return self.pick(result) if self.pick else result
+
+    def arguments(self, case: Case) -> tuple[list[Any], dict[str, Any]]:
+        """(positional, named) as the subject is called."""
+        given = {n: self._converted(n, v) for n, v in case.items() if n in self.positions or n in self.names}
+        placed = sorted((self.positions[name], name) for name in given if name in self.positions)
+        named = {self.names[name]: value for name, value in given.items() if name in self.names}
+        return [given[name] for _, name in placed], {**named, **self.constants}
+
+    def _converted(self, name: str, value: Any) -> Any:
+        is_mask = isinstance(self.kind.argument(name).domain, Mask)
+        return value.to(self.mask_dtype) if is_mask and self.mask_dtype != torch.bool else value
+
+    def _shared(self) -> list[list[str]]:
+        theirs: dict[str, list[str]] = {}
+        for name, parameter in self.names.items():
+            theirs.setdefault(parameter, []).append(name)
+        return [names for names in theirs.values() if len(names) > 1]
+
+
+def bind(
+    fn: Callable[..., Any],
+    kind: Kind,
+    *,
+    order: Sequence[str] | None,
+    fixed: Mapping[str, Any] | None,
+    output: int | str | Callable[[Any], Any] | None,
+    renamed: Mapping[str, Any],
+) -> Binding:
+    """Matches the subject's parameters with the arguments of the kind.
+
+    Raises:
+        SubjectError: a name is unknown, a required argument has no parameter, or a parameter no argument.
+    """
+    if not callable(fn):
+        raise SubjectError(f"the subject must be callable, got {type(fn).__name__}")
+    known = [argument.name for argument in kind.arguments]
+    for name in [*renamed, *(order or ())]:
+        if name not in known:
+            raise SubjectError(f"{kind.name} has no argument {name!r}; it has {', '.join(known)}")
+    parameters, catches_all = _parameters(fn)
+    if order is not None:
+        positions, names = {name: place for place, name in enumerate(order)}, {}
+    else:
+        positions, names = {}, _matched(kind, parameters, renamed, set(fixed or ()), catches_all)
+    built_in = {
+        n: float(v) for n, v in renamed.items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
+    found = set(names) | set(positions) | set(built_in)
+    absent = frozenset(name for name in known if name not in found)
+    constants = dict(fixed or {})
+    if order is None:
+        _check_complete(fn, kind, parameters, names, constants)
+    return Binding(
+        fn=fn,
+        kind=kind,
+        names=names,
+        positions=positions,
+        constants=constants,
+        built_in=built_in,
+        absent=absent,
+        pick=_picker(output),
+        label=name_of(fn),
+    )
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """The subject's name in reports."""
+    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def required(argument: Argument) -> bool:
+    """Whether a subject without it cannot be of the kind."""
+    return not argument.optional and argument.neutral is None and not isinstance(argument.domain, Numbers)
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The named parameters, and whether **kwargs catches others."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError) as error:
+        raise SubjectError(
+            f"the parameters of {name_of(fn)} cannot be read ({error}); say order=(...)"
+        ) from error
+    kinds = inspect.Parameter
+    named = {
+        name: p
+        for name, p in signature.parameters.items()
+        if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    }
+    catches_all = any(p.kind == kinds.VAR_KEYWORD for p in signature.parameters.values())
+    return named, catches_all
+
+
+def _matched(
+    kind: Kind,
+    parameters: Mapping[str, inspect.Parameter],
+    renamed: Mapping[str, Any],
+    fixed: set[str],
+    catches_all: bool,
+) -> dict[str, str]:
+    """Canonical argument → parameter."""
+    names: dict[str, str] = {}
+    for name, theirs in renamed.items():
+        if isinstance(theirs, str):
+            if theirs not in parameters and not catches_all:
+                raise SubjectError(f"{name}={theirs!r}: the subject has no parameter {theirs!r}, only "
+                                   f"{', '.join(parameters) or 'none'}")  # fmt: skip
+            names[name] = theirs
+    settled = set(renamed)
+    free = [p for p in parameters if p not in names.values() and p not in fixed]
+    for argument in kind.arguments:
+        if argument.name not in settled and argument.name in free:
+            names[argument.name] = argument.name
+    for argument in kind.arguments:
+        if argument.name in settled or argument.name in names:
+            continue
+        taken = {theirs for name, theirs in names.items() if not _may_share(kind, name, argument)}
+        match = next((p for p in free if _same(p, argument.synonyms) and p not in taken), None)
+        if match is not None:
+            names[argument.name] = match
+    _by_position(kind, parameters, free, settled, names)
+    return names
+
+
+def _may_share(kind: Kind, name: str, argument: Argument) -> bool:
+    """Two numbers may be one parameter of the subject: a single clip width for both sides."""
+    return isinstance(argument.domain, Numbers) and isinstance(kind.argument(name).domain, Numbers)
+
+
+def _same(parameter: str, synonyms: Sequence[str]) -> bool:
+    plain = parameter.lower().strip("_").replace("_", "")
+    return any(plain == synonym.replace("_", "") for synonym in synonyms)
+
+
+def _by_position(
+    kind: Kind,
+    parameters: Mapping[str, inspect.Parameter],
+    free: Sequence[str],
+    settled: set[str],
+    names: dict[str, str],
+) -> None:
+    """Unknown names stand for the missing required tensors in order, if there are as many of both."""
+    missing = [
+        a.name for a in kind.arguments if required(a) and a.name not in names and a.name not in settled
+    ]
+    empty = inspect.Parameter.empty
+    unknown = [p for p in free if p not in names.values() and parameters[p].default is empty]
+    numbers = [
+        a.name
+        for a in kind.arguments
+        if isinstance(a.domain, Numbers) and not a.optional and a.name not in names and a.name not in settled
+    ]
+    wanted = missing if len(missing) == len(unknown) else [*missing, *numbers]
+    if wanted and len(wanted) == len(unknown):
+        names.update(zip(wanted, unknown, strict=True))
+
+
+def _check_complete(
+    fn: Callable[..., Any],
+    kind: Kind,
+    parameters: Mapping[str, inspect.Parameter],
+    names: Mapping[str, str],
+    constants: Mapping[str, Any],
+) -> None:
+    used = set(names.values()) | set(constants)
+    left = [p for p, q in parameters.items() if p not in used and q.default is inspect.Parameter.empty]
+    if left:
+        raise SubjectError(
+            f"{name_of(fn)} asks for {', '.join(left)}, which {kind.name} {kind.signature} does not know by that "
+            f"name; rename (for example {kind.arguments[0].name}={left[0]!r}) or fix it "
+            f"(fixed={{{left[0]!r}: ...}})"
+        )
+
+
+def _picker(output: int | str | Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    if output is None or callable(output):
+        return output
+    if isinstance(output, int):
+        return lambda result: result[output]
+    return lambda result: result[output] if isinstance(result, Mapping) else getattr(result, output)
+
+
+def results_of(returned: Any, kind: Kind) -> dict[str, Tensor]:
+    """The subject's results by canonical name: the main one, and further fields if it returns them.
+
+    Raises:
+        SubjectError: there is no tensor in what it returned.
+    """
+    main = kind.fields[0] if kind.fields else "result"
+    if isinstance(returned, Tensor):
+        return {main: returned}
+    if isinstance(returned, int | float):
+        return {main: torch.tensor(float(returned), dtype=torch.float64)}
+    if isinstance(returned, Mapping):
+        by_name = {name: returned[name] for name in kind.fields if isinstance(returned.get(name), Tensor)}
+        first = next((v for v in returned.values() if isinstance(v, Tensor)), None)
+        if by_name or first is not None:
+            return by_name if main in by_name else {main: first, **by_name}  # type: ignore[dict-item]
+    if hasattr(returned, "_fields"):
+        by_name = {
+            n: getattr(returned, n) for n in kind.fields if isinstance(getattr(returned, n, None), Tensor)
+        }
+        if main in by_name:
+            return by_name
+    if isinstance(returned, tuple | list):
+        tensors = [item for item in returned if isinstance(item, Tensor)]
+        if tensors:
+            return dict(zip(kind.fields or (main,), tensors, strict=False))
+    raise SubjectError(
+        f"the subject must return a tensor, or a tuple or dict with one, got {type(returned).__name__}"
+    )
