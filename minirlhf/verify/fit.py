@@ -17,7 +17,7 @@ from torch import Tensor
 from minirlhf.verify.cases import generic
 from minirlhf.verify.kinds import Case, Kind, Numbers
 from minirlhf.verify.reductions import Reduction, of_shape
-from minirlhf.verify.subject import Binding, SubjectError, results_of
+from minirlhf.verify.subject import Binding, SubjectError, own, results_of
 
 FP64 = 1e-8
 FP32 = 2e-5
@@ -81,15 +81,15 @@ def agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
 def _outputs(binding: Binding, cases: list[Case]) -> tuple[Binding, list[Tensor | None]]:
     """The main result on each case, None where it raised; masks become numbers where bool is refused."""
     main = binding.kind.fields[0] if binding.kind.fields else "result"
-    first_error: Exception | None = None
+    first_error: BaseException | None = None
     for dtype in (torch.bool, torch.float64, torch.int64):
         tried, outputs = replace(binding, mask_dtype=dtype), []
         for case in cases:
             try:
-                outputs.append(results_of(tried.call(case), binding.kind)[main].detach())
+                outputs.append(results_of(tried.call(own(case)), binding.kind)[main].detach())
             except SubjectError:
                 raise
-            except Exception as error:  # anything may come out of a stranger's function
+            except (Exception, SystemExit) as error:  # anything may come out of a stranger's function
                 first_error = first_error or error
                 outputs.append(None)
         if any(output is not None for output in outputs):
@@ -154,7 +154,7 @@ def _counted(kind: Kind, output: Tensor | None, case: Case) -> Tensor | None:
 
 
 def _built_in(binding: Binding) -> Iterator[dict[str, float]]:
-    """Values for the numbers that the subject does not take: stated ones are settled, the others are tried."""
+    """Values to try for the numbers that the subject does not take and the user did not state."""
     numbers = [
         a
         for a in binding.kind.arguments

@@ -57,7 +57,7 @@ class Argument(NamedTuple):
 
     shape: letters, one per axis; () is a number or a tensor [].
     optional: a feature that a subject may lack (keyword only, absent from cases that do not use it).
-    neutral: for a required argument that a subject may lack (a mask): its value in the cases of such a subject.
+    neutral: for a required argument that a subject may lack (a mask): its value for such a subject.
     synonyms: what other libraries call it; a subject's parameter of such a name is matched by itself.
     """
 
@@ -98,10 +98,11 @@ class Claim(NamedTuple):
     why: where `want` comes from, one line; it is printed beside the counter-example.
     take: an index expression into the result that `got` is, such as "[:, :3]"; code that a reader runs.
     field: which field of the result; None for the main one.
+    loose: how many times 1e-8, relative, the two may differ (more where the subject is in single precision).
     """
 
     case: Case
-    got: Tensor | Exception
+    got: Tensor | BaseException
     relation: str
     want: Tensor | None
     why: str
@@ -120,9 +121,12 @@ class Probed(Protocol):
     def per_element(self) -> bool: ...
     @property
     def by_row(self) -> bool: ...
+    @property
+    def ascending_loss(self) -> bool: ...
     def has(self, feature: str) -> bool: ...
     def value(self, case: Case, field: str | None = None) -> Tensor: ...
     def raw(self, case: Case) -> Tensor: ...
+    def written_to(self, case: Case) -> list[str]: ...
     def grad(self, case: Case, wrt: str, weight: Tensor | None = None) -> Tensor: ...
     def expected(self, case: Case) -> Tensor: ...
     def expected_grad(self, case: Case, wrt: str) -> Tensor: ...
@@ -159,8 +163,7 @@ class Kind(NamedTuple):
 
     returns: the canonical result, for the documentation; shape: its letters.
     differentiable: the arguments that a loss differentiates; () for what is used as a constant.
-    constants: arguments that must get no gradient of their own kind of subject (stop-gradients of a paper).
-    oracle: (case, options) -> the result per element in fp64, differentiable with respect to `differentiable`.
+    oracle: (case, options) -> the result per element in fp64, with gradients for `differentiable`.
     arrange: makes a drawn case consistent (lengths, probabilities, ratios near the clip).
     reducible: a subject may return a sum or mean instead of the elements.
     signed: minus the canonical result is a convention (an objective to maximise).

@@ -38,8 +38,16 @@ def gradient(argument: str, statement: str, source: str, *, needs: tuple[str, ..
     return Law(f"gradient_of_{argument}", "gradient", statement, source, check, needs)
 
 
-def golden(name: str, case: Case, want: Sequence[float] | Tensor, statement: str, source: str, *,
-           needs: tuple[str, ...] = (), loose: float = 1e3) -> Law:  # fmt: skip
+def golden(
+    name: str,
+    case: Case,
+    want: Sequence[float] | Tensor,
+    statement: str,
+    source: str,
+    *,
+    needs: tuple[str, ...] = (),
+    loose: float = 1e3,
+) -> Law:
     """A published number; `want` is the canonical result per element, to about six digits."""
     target = want if isinstance(want, Tensor) else torch.tensor(want, dtype=torch.float64)
 
@@ -49,8 +57,17 @@ def golden(name: str, case: Case, want: Sequence[float] | Tensor, statement: str
     return Law(name, "value", statement, source, check, needs, cases=lambda: [case])
 
 
-def invariance(name: str, family: str, statement: str, source: str, change: Change, *,
-               needs: tuple[str, ...] = (), gradients: Sequence[str] = (), loose: float = 1.0) -> Law:  # fmt: skip
+def invariance(
+    name: str,
+    family: str,
+    statement: str,
+    source: str,
+    change: Change,
+    *,
+    needs: tuple[str, ...] = (),
+    gradients: Sequence[str] = (),
+    loose: float = 1.0,
+) -> Law:
     """The value (and the gradients named) is the same on the changed case."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
@@ -63,9 +80,17 @@ def invariance(name: str, family: str, statement: str, source: str, change: Chan
     return Law(name, family, statement, source, check, needs)
 
 
-def relation(name: str, family: str, statement: str, source: str, change: Change,
-             result: Callable[[Tensor, Case, Probed], Tensor], *, needs: tuple[str, ...] = (),
-             loose: float = 1.0) -> Law:  # fmt: skip
+def relation(
+    name: str,
+    family: str,
+    statement: str,
+    source: str,
+    change: Change,
+    result: Callable[[Tensor, Case, Probed], Tensor],
+    *,
+    needs: tuple[str, ...] = (),
+    loose: float = 1.0,
+) -> Law:
     """The value on the changed case follows from the value on the case itself."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
@@ -76,8 +101,16 @@ def relation(name: str, family: str, statement: str, source: str, change: Change
     return Law(name, family, statement, source, check, needs)
 
 
-def bounded(name: str, family: str, statement: str, source: str, sign: str,
-            bound: Callable[[Case, Probed], Tensor], *, needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
+def bounded(
+    name: str,
+    family: str,
+    statement: str,
+    source: str,
+    sign: str,
+    bound: Callable[[Case, Probed], Tensor],
+    *,
+    needs: tuple[str, ...] = (),
+) -> Law:
     """The value is at least (">=") or at most ("<=") a bound of the case."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
@@ -85,6 +118,22 @@ def bounded(name: str, family: str, statement: str, source: str, sign: str,
         yield Claim(case, got, sign, bound(case, f).expand_as(got), statement)
 
     return Law(name, family, statement, source, check, needs)
+
+
+def _descending(f: Probed, case: Case) -> Iterator[Claim]:
+    if f.ascending_loss:
+        why = "the loss, as it is minimised; a function that gives its negative is not called a loss"
+        yield Claim(case, -f.value(case), "==", f.value(case), why)
+
+
+DESCENDING = Law(
+    "a_loss_descends",
+    "gradient",
+    "what is called a loss is to be minimised: it falls where the objective rises",
+    "Liger-Kernel #484: DPO's loss, double-negated, was maximised in four releases",
+    _descending,
+)
+"""Of kinds whose negative, an objective to maximise, is legitimate: then it must not be called a loss."""
 
 
 def rows_of(arguments: Sequence[Argument], case: Case, index: Tensor, *, axis: str = "B") -> Case:
@@ -132,8 +181,13 @@ def batch_laws(arguments: Sequence[Argument], *, axis: str = "B") -> tuple[Law, 
     )  # fmt: skip
 
 
-def mask_laws(arguments: Sequence[Argument], *, differentiable: Sequence[str], zeros: str | None = ZEROS,
-              along: str = "T") -> tuple[Law, ...]:  # fmt: skip
+def mask_laws(
+    arguments: Sequence[Argument],
+    *,
+    differentiable: Sequence[str],
+    zeros: str | None = ZEROS,
+    along: str = "T",
+) -> tuple[Law, ...]:
     """What lies under the mask does not matter, whatever it is; zeros: the behaviour that nonzero results
     under the mask disprove, None where they are a defect."""
     mask = next(a.name for a in arguments if isinstance(a.domain, Mask))
@@ -231,13 +285,9 @@ def numeric_laws(tensors: Sequence[str], *, loose: float = 5e4) -> tuple[Law, ..
         yield Claim(changed, f.value(changed), "==", exact, why, loose=loose)
 
     def pure(f: Probed, case: Case) -> Iterator[Claim]:
-        copy = {n: v.clone() if isinstance(v, Tensor) else v for n, v in case.items()}
-        first = f.value(copy)
-        yield Claim(case, f.value(case), "==", first, "a second call gives the same")
-        for name in tensors:
-            if name in case:
-                intact = torch.equal(torch.nan_to_num(copy[name]), torch.nan_to_num(case[name]))
-                yield Claim(case, torch.tensor(intact), "holds", None, f"{name} is written to")
+        yield Claim(case, f.value(case), "==", f.value(case), "a second call gives the same")
+        written = f.written_to(case)
+        yield Claim(case, torch.tensor(not written), "holds", None, f"written to: {', '.join(written)}")
 
     return (
         Law("single_precision", "numeric", "fp32 inputs give the fp64 result to single precision",
@@ -248,8 +298,15 @@ def numeric_laws(tensors: Sequence[str], *, loose: float = 5e4) -> tuple[Law, ..
     )  # fmt: skip
 
 
-def finite_at(name: str, statement: str, source: str, cases: Callable[[], list[Case]], *,
-              gradients: Sequence[str] = (), needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
+def finite_at(
+    name: str,
+    statement: str,
+    source: str,
+    cases: Callable[[], list[Case]],
+    *,
+    gradients: Sequence[str] = (),
+    needs: tuple[str, ...] = (),
+) -> Law:
     """Value and gradients stay finite, and right, on extreme cases."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from minirlhf.verify.fit import Variant
 from minirlhf.verify.kinds import Case
-from minirlhf.verify.subject import Binding, results_of
+from minirlhf.verify.subject import Binding, own, results_of
 
 
 class Raised(Exception):
     """The subject raised on a case that it has to take; the cause is what it raised."""
 
-    def __init__(self, case: Case, error: Exception) -> None:
+    def __init__(self, case: Case, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.case, self.error = case, error
 
@@ -44,13 +44,18 @@ class Probe:
     def by_row(self) -> bool:
         return self.variant.reduction.by_row
 
+    @property
+    def ascending_loss(self) -> bool:
+        """Whether it is called a loss, and has the sign of an objective to maximise."""
+        return self.variant.sign < 0 and "loss" in self.binding.label.rsplit(".", 1)[-1].lower()
+
     def has(self, feature: str) -> bool:
         """Whether the subject has the optional argument, field or behaviour."""
         return feature not in self.without
 
     def value(self, case: Case, field: str | None = None) -> Tensor:
         """The result, sign and factor removed; a further field as it comes."""
-        results = self._call(case)
+        results = self._call(own(case))
         if field is not None:
             if field not in results:
                 raise Lacking(field)
@@ -59,12 +64,18 @@ class Probe:
 
     def raw(self, case: Case) -> Tensor:
         """The result as the subject returns it, under the mask too."""
-        return next(iter(self._call(case).values())).detach()
+        return next(iter(self._call(own(case)).values())).detach()
+
+    def written_to(self, case: Case) -> list[str]:
+        """The tensors of the case that a call changes."""
+        copy = {name: v.clone() if isinstance(v, Tensor) else v for name, v in case.items()}
+        self._call(copy)
+        return [n for n, v in copy.items() if isinstance(v, Tensor) and not torch.equal(v, case[n])]
 
     def grad(self, case: Case, wrt: str, weight: Tensor | None = None) -> Tensor:
         """The gradient of the sum of the (weighted) result; 0 where it does not depend on `wrt`."""
         x = case[wrt].detach().clone().requires_grad_()
-        result = self._masked(next(iter(self._call({**case, wrt: x}).values())), case)
+        result = self._masked(next(iter(self._call(own({**case, wrt: x})).values())), case)
         if not result.requires_grad:
             return torch.zeros_like(x)
         total = result.sum() if weight is None else (result * weight).sum()
@@ -106,7 +117,8 @@ class Probe:
         return torch.where(case[name], result, 0.0)
 
     def _call(self, case: Case) -> dict[str, Tensor]:
+        """The results by name, or Raised; callers pass copies, so that a subject may write to what it gets."""
         try:
             return results_of(self.binding.call(case), self.binding.kind)
-        except Exception as error:  # a stranger's function
+        except (Exception, SystemExit) as error:  # a stranger's function
             raise Raised(case, error) from error

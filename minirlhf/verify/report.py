@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.panel import Panel
+from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -94,6 +94,14 @@ class Report:
         probe = Probe(self.binding, self.variant, frozenset(self.absent))
         return counter_example(finding.claim, probe, importing=importing(self.binding.fn))
 
+    def explained(self, finding: Finding) -> str:
+        """A broken law in words: statement, source, counter-example, nearest known bug."""
+        near = (
+            f"\nnearest known bug: {self.nearest.bug.name} ({self.nearest.bug.seen})" if self.nearest else ""
+        )
+        law = finding.law
+        return f"{law.statement} ({law.source})\n\n{self.counter_example(finding)}\n{near}"
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
         return {
@@ -112,10 +120,10 @@ class Report:
         yield from self._parts()
 
     def __str__(self) -> str:
-        console = Console(width=110, record=True, file=None, no_color=True, quiet=True)
-        with console.capture():
+        console = Console(width=110, no_color=True, force_terminal=False)
+        with console.capture() as capture:
             console.print(Group(*self._parts()))
-        return console.export_text()
+        return capture.get()
 
     def _parts(self) -> Iterator[Any]:
         yield self._laws_table()
@@ -123,11 +131,10 @@ class Report:
             yield self._conventions_table()
         if self.broken:
             first = next((f for f in self.broken if f.claim is not None), self.broken[0])
-            yield Panel(
-                Syntax(self.counter_example(first), "python", theme="ansi_dark", word_wrap=True),
-                title=f"smallest counter-example to {first.law.name}",
-                title_align="left",
-            )
+            yield Rule(f"smallest counter-example to {first.law.name}", align="left", style="dim")
+            # Without a frame, and wrapped nowhere: it is to be copied.
+            yield Syntax(self.counter_example(first), "python", theme="ansi_dark", background_color="default")
+            yield Rule(style="dim")
         yield self._verdict_line()
 
     def _laws_table(self) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirlhf.verify.fit import FP64
 from minirlhf.verify.kinds import Claim
 from minirlhf.verify.probe import Probe
 
@@ -37,7 +38,7 @@ def _body(claim: Claim, probe: Probe, name: str) -> list[str]:
     call += [f"    {value}," for value in texts]
     call += [f"    {key}={value}," for key, value in text.items()]
     call += [")"]
-    if isinstance(claim.got, Exception):
+    if isinstance(claim.got, BaseException):
         message = str(claim.got).strip().splitlines() or [""]
         return [*before, *call, f"# raises {type(claim.got).__name__}: {message[0][:90]}", f"# {claim.why}"]
     return [*before, *call, *_picked(probe, claim), *_asserted(claim, probe)]
@@ -70,23 +71,19 @@ def _picked(probe: Probe, claim: Claim) -> list[str]:
 def _asserted(claim: Claim, probe: Probe) -> list[str]:
     got = claim.got
     assert isinstance(got, Tensor)
-    scale = 1.0 if claim.field else probe.scale
-    lines = [f"# got {literal(_shown(got * scale if got.dtype != torch.bool else got))}"]
-    if claim.relation == "finite":
-        return [*lines, f"assert got.isfinite().all()  # {claim.why}"]
     if claim.relation == "holds":
-        return [*lines, f"# the law: {claim.why}"]
+        return [f"# the law: {claim.why}"]
+    scale = 1.0 if claim.field else probe.scale
+    lines = [f"# got {literal(_shown(got * scale))}", f"# the law: {claim.why}"]
+    if claim.relation == "finite":
+        return [*lines, "assert got.isfinite().all()"]
     assert claim.want is not None
-    want = literal(_shown(claim.want * scale))
-    tolerance = probe.variant.tolerance * claim.loose
-    lines.append(f"want = {want}  # {claim.why}")
+    lines.append(f"want = {literal(_shown(claim.want * scale))}")
+    slack = f"{10 * max(probe.variant.tolerance, FP64 * claim.loose):.0e}"
     if claim.relation == "==":
-        lines.append(f"torch.testing.assert_close(got.double(), want.double(), rtol={10 * tolerance:.0e}, "
-                     f"atol={10 * tolerance:.0e})")  # fmt: skip
-        return lines
+        return [*lines, f"torch.testing.assert_close(got.double(), want, rtol={slack}, atol={slack})"]
     relation = claim.relation if scale > 0 else {">=": "<=", "<=": ">="}[claim.relation]
-    slack = f"{'-' if relation == '>=' else '+'} {10 * tolerance:.0e}"
-    return [*lines, f"assert (got {relation} want {slack}).all()"]
+    return [*lines, f"assert (got {relation} want {'-' if relation == '>=' else '+'} {slack}).all()"]
 
 
 def _shown(x: Tensor) -> Tensor:

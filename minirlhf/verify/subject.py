@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirlhf.verify.cases import generic
 from minirlhf.verify.kinds import Argument, Case, Kind, Mask, Numbers
 
 
@@ -28,9 +29,11 @@ class Binding:
     names: canonical argument → the subject's parameter (several arguments may share one).
     positions: canonical argument → place, for parameters that cannot be named.
     constants: the subject's parameter → a value that the user fixed.
+    derived: the subject's parameter → what it gets, computed from the canonical case.
     built_in: canonical number → the value that the subject has built in.
     absent: arguments that the subject lacks.
     pick: from what the function returns to the result, or the tuple of results.
+    asked: optional arguments that it takes and has no default for: they get their neutral value.
     label: the name in reports; place: what to import it from, "" where it cannot be imported.
     """
 
@@ -44,6 +47,8 @@ class Binding:
     pick: Callable[[Any], Any] | None
     label: str
     mask_dtype: torch.dtype = torch.bool
+    derived: Mapping[str, Callable[[Case], Any]] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
     notes: tuple[str, ...] = field(default=())
 
     def restricted(self, case: Case) -> Case:
@@ -53,10 +58,10 @@ class Binding:
             name = argument.name
             if name in self.built_in:
                 kept[name] = self.built_in[name]
-            elif name in self.absent and argument.neutral is not None:
-                kept[name] = argument.neutral(kept)
             elif name in self.absent and argument.optional:
                 kept.pop(name, None)
+            elif name in self.absent and argument.neutral is not None:
+                kept[name] = argument.neutral(kept)
         for shared in self._shared():
             present = [name for name in shared if name in kept]
             for name in present[1:]:
@@ -69,14 +74,31 @@ class Binding:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # theirs, about themselves
             result = self.fn(*positional, **named)
-        return self.pick(result) if self.pick else result
+        result = self.pick(result) if self.pick else result
+        return self._in_shape(result, case) if self.derived else result
 
     def arguments(self, case: Case) -> tuple[list[Any], dict[str, Any]]:
         """(positional, named) as the subject is called."""
-        given = {n: self._converted(n, v) for n, v in case.items() if n in self.positions or n in self.names}
+        neutral = {n: self.kind.argument(n).neutral for n in self.asked if n not in case}
+        full = case | {name: value(case) for name, value in neutral.items() if value is not None}
+        given = {n: self._converted(n, v) for n, v in full.items() if n in self.positions or n in self.names}
         placed = sorted((self.positions[name], name) for name in given if name in self.positions)
         named = {self.names[name]: value for name, value in given.items() if name in self.names}
-        return [given[name] for _, name in placed], {**named, **self.constants}
+        computed = {parameter: value(full) for parameter, value in self.derived.items()}
+        return [given[name] for _, name in placed], {**named, **computed, **self.constants}
+
+    def _in_shape(self, result: Any, case: Case) -> Any:
+        """A flattened result in the shape of the kind: a subject that takes [P * G] returns [P * G]."""
+        if not isinstance(result, Tensor) or result.ndim in (0, len(self.kind.shape)):
+            return result
+        sizes = {
+            letter: size
+            for argument in self.kind.arguments
+            if isinstance(case.get(argument.name), Tensor)
+            for letter, size in zip(argument.shape, case[argument.name].shape, strict=True)
+        }
+        shape = torch.Size([sizes[letter] for letter in self.kind.shape])
+        return result.reshape(shape) if result.numel() == shape.numel() else result
 
     def _converted(self, name: str, value: Any) -> Any:
         is_mask = isinstance(self.kind.argument(name).domain, Mask)
@@ -95,6 +117,7 @@ def bind(
     *,
     order: Sequence[str] | None,
     fixed: Mapping[str, Any] | None,
+    derived: Mapping[str, Callable[[Case], Any]] | None = None,
     output: int | str | Callable[[Any], Any] | None,
     renamed: Mapping[str, Any],
 ) -> Binding:
@@ -113,15 +136,16 @@ def bind(
     if order is not None:
         positions, names = {name: place for place, name in enumerate(order)}, {}
     else:
-        positions, names = {}, _matched(kind, parameters, renamed, set(fixed or ()), catches_all)
+        settled = {*(fixed or ()), *(derived or ())}
+        positions, names = {}, _matched(kind, parameters, renamed, settled, catches_all)
     built_in = {
         n: float(v) for n, v in renamed.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }
-    found = set(names) | set(positions) | set(built_in)
+    found = set(names) | set(positions) | set(built_in) | _read(derived or {}, kind)
     absent = frozenset(name for name in known if name not in found)
     constants = dict(fixed or {})
     if order is None:
-        _check_complete(fn, kind, parameters, names, constants)
+        _check_complete(fn, kind, parameters, names, {*constants, *(derived or ())})
     return Binding(
         fn=fn,
         kind=kind,
@@ -132,6 +156,12 @@ def bind(
         absent=absent,
         pick=_picker(output),
         label=name_of(fn),
+        derived=dict(derived or {}),
+        asked=frozenset(
+            n
+            for n in (*positions, *(n for n, p in names.items() if _without_default(parameters, p)))
+            if kind.argument(n).optional
+        ),
     )
 
 
@@ -232,16 +262,59 @@ def _check_complete(
     kind: Kind,
     parameters: Mapping[str, inspect.Parameter],
     names: Mapping[str, str],
-    constants: Mapping[str, Any],
+    settled: set[str],
 ) -> None:
-    used = set(names.values()) | set(constants)
+    used = set(names.values()) | settled
     left = [p for p, q in parameters.items() if p not in used and q.default is inspect.Parameter.empty]
     if left:
         raise SubjectError(
-            f"{name_of(fn)} asks for {', '.join(left)}, which {kind.name} {kind.signature} does not know by that "
-            f"name; rename (for example {kind.arguments[0].name}={left[0]!r}) or fix it "
+            f"{name_of(fn)} asks for {', '.join(left)}, which {kind.name} {kind.signature} does not know by "
+            f"that name; rename (for example {kind.arguments[0].name}={left[0]!r}) or fix it "
             f"(fixed={{{left[0]!r}: ...}})"
         )
+
+
+def _without_default(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    return name in parameters and parameters[name].default is inspect.Parameter.empty
+
+
+class _Noting(dict[str, Any]):
+    """A case that notes which arguments are looked up."""
+
+    def __init__(self, case: Case, seen: set[str]) -> None:
+        super().__init__(case)
+        self.seen = seen
+
+    def __getitem__(self, name: str) -> Any:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.seen.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.seen.add(name)
+        return super().get(name, default)
+
+
+def _read(derived: Mapping[str, Callable[[Case], Any]], kind: Kind) -> set[str]:
+    """The canonical arguments that these are computed from, seen by computing them once.
+
+    Raises:
+        SubjectError: one of them raises.
+    """
+    seen: set[str] = set()
+    for parameter, value in derived.items():
+        for case in generic(kind):
+            try:
+                value(_Noting(case, seen))
+            except Exception as error:
+                raise SubjectError(
+                    f"derived[{parameter!r}] raises {type(error).__name__}: {error}; it is given the arguments of "
+                    f"{kind.name} {kind.signature} as a dict, optional ones only where they are used"
+                ) from error
+    return seen
 
 
 def _picker(output: int | str | Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
@@ -250,6 +323,11 @@ def _picker(output: int | str | Callable[[Any], Any] | None) -> Callable[[Any], 
     if isinstance(output, int):
         return lambda result: result[output]
     return lambda result: result[output] if isinstance(result, Mapping) else getattr(result, output)
+
+
+def own(case: Case) -> Case:
+    """The case with tensors that a subject may write to; what is differentiated stays itself."""
+    return {n: v.clone() if isinstance(v, Tensor) and not v.requires_grad else v for n, v in case.items()}
 
 
 def results_of(returned: Any, kind: Kind) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ bugs happen, and it keeps every one of them a line long. The wrong function is m
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from minirlhf.verify.cases import generic
 from minirlhf.verify.fit import agree
 from minirlhf.verify.probe import Probe, Raised
+from minirlhf.verify.subject import own
 
 
 class Bug(NamedTuple):
@@ -56,7 +57,7 @@ class Nearest(NamedTuple):
     share: float
 
 
-def nearest_bug(probe: Probe) -> Nearest | None:
+def nearest_bug(probe: Probe, bugs: Sequence[Bug]) -> Nearest | None:
     """The bug whose results agree with the subject's most often; None where none explains it better than
     the right formula does, or on less than half of the probes."""
     cases = [probe.binding.restricted(case) for case in generic(probe.binding.kind)]
@@ -65,7 +66,7 @@ def nearest_bug(probe: Probe) -> Nearest | None:
         None,
         _share(theirs, [_seen(probe.expected, probe.expected_grad, c, probe) for c in cases]),
     )
-    for bug in bugs_of(probe.binding.kind.name):
+    for bug in bugs:
         wrong = _planted(bug)
         ours = [_bug_results(wrong, probe, case) for case in cases]
         share = _share(theirs, ours)
@@ -74,16 +75,7 @@ def nearest_bug(probe: Probe) -> Nearest | None:
     return Nearest(best, best_share) if best is not None and best_share >= 0.5 else None
 
 
-def bugs_of(kind: str) -> Iterator[Bug]:
-    """The known bugs of a kind."""
-    from minirlhf.verify.catalogue import (
-        BUGS,
-    )  # the catalogue lists the pages of the zoo, which import this one
-
-    return (bug for bug in BUGS if bug.kind == kind)
-
-
-@lru_cache(maxsize=None)
+@cache
 def _planted(bug: Bug) -> Callable[..., Any]:
     return bug.plant()
 
@@ -111,7 +103,7 @@ def _bug_results(wrong: Callable[..., Any], probe: Probe, case: dict[str, Any]) 
     results: Results = []
     for name in [None, *_wrt(probe, case)]:
         try:
-            given = dict(case)
+            given = own(case)
             if name is not None:
                 given[name] = case[name].detach().clone().requires_grad_()
             result = wrong(**given)
