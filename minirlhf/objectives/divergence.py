@@ -138,11 +138,12 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     >>> exact_kl(logits, ref_logits, torch.tensor([[True]]))
     tensor([[0.1438]])
     """
+    check_floating(ref_logits=ref_logits)
     check_same_shape(logits=logits, ref_logits=ref_logits)
     logp, ref_logp = _law(logits, mask), _law(ref_logits, mask)
     possible = logp > -torch.inf  # 0 · log 0 = 0: a token that π excludes adds nothing
     s = torch.where(possible, logp, 0.0) - torch.where(possible, ref_logp, 0.0)
-    return select((logp.exp() * s).sum(dim=-1), mask)
+    return (logp.exp() * s).sum(dim=-1)  # under the mask both laws are uniform, so exactly 0
 
 
 def entropy(logits: Tensor, mask: Tensor) -> Tensor:

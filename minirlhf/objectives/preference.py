@@ -1,4 +1,4 @@
-"""Losses of a pair, chosen y⁺ against rejected y⁻: Bradley-Terry, DPO, conservative DPO and IPO.
+"""Losses of a pair, chosen y⁺ against rejected y⁻, under a reference: DPO and its kin, IPO.
 
 All return one loss per pair, unreduced. Log-probs come in *summed* over the response tokens; the one
 function that averages them (`ipo_loss`) is given the lengths and does it itself. Nothing is detached: that
@@ -16,52 +16,6 @@ from minirlhf.objectives.inputs import (
     check_same_shape,
     widen,
 )
-
-
-def bradley_terry_loss(
-    chosen_reward: Tensor,
-    rejected_reward: Tensor,
-    *,
-    margin: Tensor | None = None,
-    label_smoothing: Scalar | None = None,
-) -> Tensor:
-    """Negative log-likelihood of each comparison under the Bradley-Terry model.
-
-        loss = -log σ(r⁺ - r⁻ - m)
-        with label smoothing ε:  (1 - ε) · loss(r⁺, r⁻) + ε · loss(r⁻, r⁺)
-
-    Bradley & Terry 1952; as the loss of a reward model, Ouyang et al. 2022, Eq. 1 (arXiv:2203.02155), there
-    averaged over pairs. The margin is Touvron et al. 2023, "Llama 2", Eq. 2 (arXiv:2307.09288). Smoothing
-    takes a share ε of the labels for flipped; the flipped pair keeps its margin.
-
-    Args:
-        chosen_reward: [B] r⁺ = r(x, y⁺), in reward units (differences are log-odds, in nats).
-        rejected_reward: [B] r⁻ = r(x, y⁻).
-        margin: [B] m, how much better the chosen response must be; None means 0.
-        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels; None means 0.
-
-    Returns:
-        [B] losses in nats, positive; log 2 where r⁺ - r⁻ = m. Reduce them yourself.
-
-    Raises:
-        ValueError: the shapes differ, a tensor is not floating point, or label_smoothing is outside [0, 0.5).
-
-    Gradient: ∂loss/∂r⁺ = -σ(-(r⁺ - r⁻ - m)) without smoothing; ∂loss/∂r⁻ is its opposite.
-
-    >>> import torch
-    >>> bradley_terry_loss(torch.tensor([4.0, 0.0]), torch.tensor([0.0, 4.0]))
-    tensor([0.0181, 4.0181])
-    """
-    rewards = {"chosen_reward": chosen_reward, "rejected_reward": rejected_reward}
-    _check_pairs(**(rewards if margin is None else {**rewards, "margin": margin}))
-    gap = widen(chosen_reward) - widen(rejected_reward)
-    required = 0.0 if margin is None else widen(margin)
-    loss = -F.logsigmoid(gap - required)
-    if label_smoothing is None:
-        return loss
-    check_label_smoothing(label_smoothing)
-    flipped = -F.logsigmoid(-gap - required)
-    return (1 - label_smoothing) * loss + label_smoothing * flipped
 
 
 def implicit_reward(logp: Tensor, ref_logp: Tensor, *, beta: Scalar) -> Tensor:
@@ -174,6 +128,92 @@ def conservative_dpo_loss(
     margin = _log_ratio_margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     kept, flipped = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
     return (1 - label_smoothing) * kept + label_smoothing * flipped
+
+
+def robust_dpo_loss(
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar,
+) -> Tensor:
+    """DPO where a share ε of the labels is known to be flipped, with the noise taken out (rDPO).
+
+        loss = [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2ε),   h as in `dpo_loss`
+
+    Ray Chowdhury, Kini & Natarajan 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
+    (arXiv:2403.00409). Averaged over labels that are flipped with probability ε it is the
+    `dpo_loss` of the clean labels, exactly; `conservative_dpo_loss` is not.
+
+    Args:
+        chosen_logp: [B] log π(y⁺|x) in nats, summed over response tokens.
+        rejected_logp: [B] log π(y⁻|x), likewise.
+        ref_chosen_logp: [B] log π_ref(y⁺|x), likewise.
+        ref_rejected_logp: [B] log π_ref(y⁻|x), likewise.
+        beta: β > 0, the weight of KL(π‖π_ref).
+        label_smoothing: ε in [0, 0.5), the share of flipped labels; at 0 this is `dpo_loss`.
+
+    Returns:
+        [B] losses in nats, without a lower bound for ε > 0. Reduce them yourself.
+
+    Raises:
+        ValueError: the shapes differ, a tensor is not floating point, beta <= 0, or label_smoothing is
+            outside [0, 0.5).
+
+    Gradient: ∂loss/∂chosen_logp = -β [(1 - ε) σ(-β h) + ε σ(β h)] / (1 - 2ε), the opposite for rejected_logp.
+    Never 0: a single pair pushes its margin on for ever, and only pairs that contradict it hold it.
+
+    >>> from torch import tensor as lp
+    >>> robust_dpo_loss(lp([-10.0]), lp([-12.0]), lp([-15.0]), lp([-11.0]), beta=0.1, label_smoothing=0.1)
+    tensor([0.3625])
+    """
+    check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
+    margin = _log_ratio_margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    kept, flipped = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def hinge_loss(
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: Scalar,
+) -> Tensor:
+    """The hinge on implicit rewards: a pair whose margin has reached 1 is left alone.
+
+        loss = max(0, 1 - β h),   h as in `dpo_loss`
+
+    Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback" (arXiv:2305.10425); on
+    log ratios to a reference, Liu et al. 2023, "Statistical Rejection Sampling Improves Preference
+    Optimization" ("hinge-norm", arXiv:2309.06657).
+
+    Args:
+        chosen_logp: [B] log π(y⁺|x) in nats, summed over response tokens.
+        rejected_logp: [B] log π(y⁻|x), likewise.
+        ref_chosen_logp: [B] log π_ref(y⁺|x), likewise.
+        ref_rejected_logp: [B] log π_ref(y⁻|x), likewise.
+        beta: β > 0; the margin that is asked for is h = 1/β nats.
+
+    Returns:
+        [B] losses without unit, at least 0; 1 where h = 0. Reduce them yourself.
+
+    Raises:
+        ValueError: the shapes differ, a tensor is not floating point, or beta <= 0.
+
+    Gradient: ∂loss/∂chosen_logp = -β where β h < 1, and 0 from there on; the opposite for rejected_logp.
+
+    >>> from torch import tensor as lp
+    >>> hinge_loss(lp([-10.0, -12.0]), lp([-12.0, -10.0]), lp([-15.0] * 2), lp([-11.0] * 2), beta=0.1)
+    tensor([0.4000, 0.8000])
+    """
+    check_positive(beta=beta)
+    margin = _log_ratio_margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return F.relu(1 - beta * margin)
 
 
 def ipo_loss(

@@ -72,10 +72,9 @@ def top_k(logp: Tensor, *, k: int) -> Tensor:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k}")
     x = widen(logp)
-    if k >= x.shape[-1]:
-        return torch.log_softmax(x, dim=-1)
-    smallest = x.topk(k, dim=-1).values[..., -1:]
-    return _restricted(x, _first_from(x, smallest, torch.full_like(smallest, k)))
+    count = min(k, x.shape[-1])
+    smallest = x.topk(count, dim=-1).values[..., -1:]
+    return _restricted(x, _first_from(x, smallest, torch.full_like(smallest, count)))
 
 
 def top_p(logp: Tensor, *, p: float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data.records import PairExample
-from minirlhf.objectives.preference import bradley_terry_loss
+from minirlhf.objectives.ranking import bradley_terry_loss
 
 _STEPS, _RATE, _RIDGE = 300, 0.05, 1e-3
 

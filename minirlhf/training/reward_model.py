@@ -19,7 +19,7 @@ from torch import Tensor
 from minirlhf.data.records import PairExample, Sequences
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.objectives.preference import bradley_terry_loss
+from minirlhf.objectives.ranking import bradley_terry_loss
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of

@@ -10,7 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.objectives import advantages, divergence, masked, policy, supervised, value
+from minirlhf.objectives import (
+    advantages,
+    divergence,
+    group_advantages,
+    importance,
+    kl_usage,
+    masked,
+    policy,
+    policy_variants,
+    ranking,
+    supervised,
+    value,
+)
 
 
 class Case(NamedTuple):
@@ -18,7 +30,8 @@ class Case(NamedTuple):
 
     tensors: how many it takes; call: (*tensors, mask) -> result; kind: "token" is [B, T] where each element
     depends on its own token, "row" is [B, T] on its own row, "sequence" is [B] on its own row, "batch"
-    depends on all rows; boolean: the result is bool and has no gradient.
+    depends on all rows; boolean: the result is bool and has no gradient; slopes: where the equation has a
+    stop-gradient, ∂resultₜ/∂tensorₜ of each tensor in closed form, since finite differences cannot see it.
     """
 
     name: str
@@ -27,6 +40,7 @@ class Case(NamedTuple):
     kind: str
     vocabulary: bool = False
     boolean: bool = False
+    slopes: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 def _surrogate(dual_clip: float | None) -> Callable[..., Tensor]:
@@ -49,6 +63,48 @@ def _indicator(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor) 
 
 def _shaped(kl: Tensor, mask: Tensor) -> Tensor:
     return divergence.kl_shaped_reward(torch.full_like(kl[..., 0], 1.5), kl, mask, beta=0.1)
+
+
+def _gspo(advantage: float) -> Callable[..., Tensor]:
+    def call(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+        constant = torch.full_like(logp[..., 0], advantage)
+        return policy_variants.gspo_loss(logp, old_logp, constant, mask, clip_low=0.2, clip_high=0.3)
+
+    return call
+
+
+def _cispo(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    return policy_variants.cispo_loss(logp, old_logp, advantage, mask, clip_low=0.2, clip_high=0.3)
+
+
+def _cispo_slopes(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> tuple[Tensor, ...]:
+    weight = (logp - old_logp).exp().clamp(0.8, 1.3)
+    return -weight * advantage, torch.zeros_like(old_logp), -weight * logp
+
+
+def _k3_ratio_slopes(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, ...]:
+    s = logp - ref_logp
+    return s, (-s).exp() - 1
+
+
+def _no_slopes(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(x) for x in tensors)
+
+
+def _normalised(correction: int) -> Callable[..., Tensor]:
+    def call(reward: Tensor, mask: Tensor) -> Tensor:
+        # A generous epsilon, as with `whiten` below.
+        return group_advantages.group_normalised_advantage(reward, mask, epsilon=0.1, correction=correction)
+
+    return call
+
+
+def _truncated(logp: Tensor, behaviour_logp: Tensor, mask: Tensor) -> Tensor:
+    return importance.truncated_importance_weight(logp, behaviour_logp, mask, cap=1.5)
+
+
+def _banded(logp: Tensor, behaviour_logp: Tensor, mask: Tensor) -> Tensor:
+    return importance.masked_importance_weight(logp, behaviour_logp, mask, low=0.5, high=2.0)
 
 
 CASES = [
@@ -86,6 +142,26 @@ CASES = [
     Case("exact_kl", 2, divergence.exact_kl, "token", vocabulary=True),
     Case("entropy", 1, divergence.entropy, "token", vocabulary=True),
     Case("kl_shaped_reward", 1, _shaped, "row"),
+    Case("plackett_luce_loss", 1, ranking.plackett_luce_loss, "sequence"),
+    Case("rloo_advantage", 1, group_advantages.rloo_advantage, "row"),
+    Case("group_centred_advantage", 1, group_advantages.group_centred_advantage, "row"),
+    Case("group_normalised_advantage", 1, _normalised(1), "row"),
+    Case("group_normalised_advantage:biased", 1, _normalised(0), "row"),
+    Case("gspo_loss", 2, _gspo(1.5), "sequence"),
+    Case("gspo_loss:negative", 2, _gspo(-0.5), "sequence"),
+    Case("cispo_loss", 3, _cispo, "token", slopes=_cispo_slopes),
+    Case("truncated_importance_weight", 2, _truncated, "token", slopes=_no_slopes),
+    Case("masked_importance_weight", 2, _banded, "token", slopes=_no_slopes),
+    Case("k1_reward", 2, kl_usage.k1_reward, "token", slopes=_no_slopes),
+    Case("k2_reward", 2, kl_usage.k2_reward, "token", slopes=_no_slopes),
+    Case("k3_reward", 2, kl_usage.k3_reward, "token", slopes=_no_slopes),
+    Case("entropy_reward", 1, kl_usage.entropy_reward, "token", slopes=_no_slopes),
+    Case("k1_loss", 2, kl_usage.k1_loss, "token"),
+    Case("k2_loss", 2, kl_usage.k2_loss, "token"),
+    Case("k3_loss", 2, kl_usage.k3_loss, "token"),
+    Case("k3_ratio_loss", 2, kl_usage.k3_ratio_loss, "token", slopes=_k3_ratio_slopes),
+    Case("entropy_loss", 1, kl_usage.entropy_loss, "token", vocabulary=True),
+    Case("sampled_entropy_loss", 1, kl_usage.sampled_entropy_loss, "token"),
 ]
 
 EXAMPLE_MASK = torch.tensor(

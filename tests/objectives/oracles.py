@@ -25,6 +25,14 @@ def bradley_terry(chosen: float, rejected: float, margin: float = 0.0, smoothing
     return (1 - smoothing) * kept + smoothing * flipped
 
 
+def plackett_luce(rewards: Row) -> float:
+    """The product of the stages' probabilities, each the share of the chosen item among what is left."""
+    probability = 1.0
+    for k in range(len(rewards)):
+        probability *= math.exp(rewards[k]) / math.fsum(math.exp(r) for r in rewards[k:])
+    return -math.log(probability)
+
+
 def dpo(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float) -> float:
     return bradley_terry(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
 
@@ -35,6 +43,45 @@ def conservative_dpo(
     kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
     flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
     return (1 - smoothing) * kept + smoothing * flipped
+
+
+def robust_dpo(
+    chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float, smoothing: float
+) -> float:
+    kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
+    flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
+    return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
+
+
+def hinge(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float) -> float:
+    return max(0.0, 1 - (beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)))
+
+
+def simpo(
+    chosen: float, rejected: float, chosen_length: float, rejected_length: float, beta: float, gamma: float
+) -> float:
+    return softplus(-(beta / chosen_length * chosen - beta / rejected_length * rejected - gamma))
+
+
+def orpo(
+    chosen: float, rejected: float, chosen_length: float, rejected_length: float, weight: float
+) -> float:
+    """By the probabilities and their odds, as the paper defines them."""
+
+    def odds(p: float) -> float:
+        return p / (1 - p)
+
+    p, q = math.exp(chosen / chosen_length), math.exp(rejected / rejected_length)
+    return -math.log(p) - weight * math.log(sigmoid(math.log(odds(p) / odds(q))))
+
+
+def kto(
+    logp: float, ref_logp: float, desirable: bool, reference_point: float, beta: float, weight: float = 1.0
+) -> float:
+    """λ - v, where the value v is λ σ(β (r - z₀)) for a gain and λ σ(β (z₀ - r)) for a loss."""
+    r = logp - ref_logp
+    felt = sigmoid(beta * (r - reference_point) if desirable else beta * (reference_point - r))
+    return weight - weight * felt
 
 
 def ipo(
@@ -56,6 +103,40 @@ def surrogate(rho: float, advantage: float, low: float, high: float, dual: float
     if dual is not None and advantage < 0:
         objective = max(objective, dual * advantage)
     return objective
+
+
+def gspo(logp: Row, old_logp: Row, mask: Flags, advantage: float, low: float, high: float) -> float:
+    """PPO's loss at the geometric mean of the ratios; 0 where nothing counts."""
+    ratios = [math.exp(a - b) for a, b, m in zip(logp, old_logp, mask, strict=True) if m]
+    if not ratios:
+        return 0.0
+    return -surrogate(math.prod(ratios) ** (1 / len(ratios)), advantage, low, high)
+
+
+def cispo(logp: float, old_logp: float, advantage: float, low: float, high: float) -> float:
+    return -min(max(math.exp(logp - old_logp), 1 - low), 1 + high) * advantage * logp
+
+
+def leave_one_out(reward: Row, mask: Flags) -> list[float | None]:
+    result: list[float | None] = [None] * len(mask)
+    for i in range(len(mask)):
+        if mask[i]:
+            others = [reward[j] for j in range(len(mask)) if mask[j] and j != i]
+            result[i] = reward[i] - mean(others) if others else 0.0
+    return result
+
+
+def group_centred(reward: Row, mask: Flags) -> list[float | None]:
+    mu = mean([r for r, m in zip(reward, mask, strict=True) if m])
+    return [r - mu if m else None for r, m in zip(reward, mask, strict=True)]
+
+
+def group_normalised(reward: Row, mask: Flags, epsilon: float, correction: int) -> list[float | None]:
+    scored = [r for r, m in zip(reward, mask, strict=True) if m]
+    if len(set(scored)) <= 1:
+        return [0.0 if m else None for m in mask]
+    mu, sigma = mean(scored), math.sqrt(variance(scored, correction))
+    return [(r - mu) / (sigma + epsilon) if m else None for r, m in zip(reward, mask, strict=True)]
 
 
 def clipped_value(value: float, old: float, ret: float, clip: float) -> float:
@@ -174,3 +255,32 @@ def law(
         top = max(probabilities)
         probabilities = keep([v for v, p in enumerate(probabilities) if p >= least * top])
     return probabilities
+
+
+def best_of_n(probabilities: Row, scores: Row, n: int) -> list[float]:
+    """Every n-tuple of draws by itself; of its best members one is taken at random."""
+    size = len(scores)
+    law = [0.0] * size
+
+    def draw(drawn: tuple[int, ...], weight: float) -> None:
+        if len(drawn) < n:
+            for i in range(size):
+                draw((*drawn, i), weight * probabilities[i])
+            return
+        top = max(scores[i] for i in drawn)
+        best = [i for i in drawn if scores[i] == top]
+        for i in best:
+            law[i] += weight / len(best)
+
+    draw((), 1.0)
+    return law
+
+
+def expected_maximum(scores: Row, n: int) -> float:
+    """The mean of the maximum over every subset of n samples."""
+    maxima: list[float] = []
+    for subset in range(2 ** len(scores)):
+        members = [scores[i] for i in range(len(scores)) if subset >> i & 1]
+        if len(members) == n:
+            maxima.append(max(members))
+    return mean(maxima)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad, vmap
 
-from minirlhf.objectives import advantages, divergence, masked, policy, supervised, value
+from minirlhf import objectives
+from minirlhf.objectives import (
+    advantages,
+    divergence,
+    group_advantages,
+    importance,
+    kl_usage,
+    masked,
+    policy,
+    policy_variants,
+    ranking,
+    supervised,
+    value,
+)
 from tests.objectives.assertions import close
 from tests.objectives.catalogue import CASES, EXAMPLE_MASK, Case, example
 from tests.objectives.strategies import masks, numbers, poisoned
@@ -20,7 +34,23 @@ every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 every_row_case = pytest.mark.parametrize(
     "case", [c for c in CASES if c.kind != "batch"], ids=[c.name for c in CASES if c.kind != "batch"]
 )
-fewer = settings(max_examples=15)  # times the 28 cases of the catalogue
+# Finite differences do not see a stop-gradient: where there is one, the gradient has a closed form instead.
+differentiated = pytest.mark.parametrize("case", [c for c in CASES if c.slopes is None], ids=lambda c: c.name)
+stopped = pytest.mark.parametrize("case", [c for c in CASES if c.slopes is not None], ids=lambda c: c.name)
+fewer = settings(max_examples=15)  # times the 48 cases of the catalogue
+MODULES = (
+    advantages,
+    divergence,
+    group_advantages,
+    importance,
+    kl_usage,
+    masked,
+    policy,
+    policy_variants,
+    ranking,
+    supervised,
+    value,
+)
 
 
 def total(case: Case, tensors: tuple[Tensor, ...], mask: Tensor) -> Tensor:
@@ -44,12 +74,20 @@ def drawn(data: st.DataObject, case: Case) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def test_the_catalogue_holds_every_public_function_that_takes_a_mask() -> None:
     public: set[str] = set()
-    for module in (masked, policy, value, advantages, divergence, supervised):
+    for module in MODULES:
         for name, function in inspect.getmembers(module, inspect.isfunction):
             own = function.__module__ == module.__name__ and not name.startswith("_")
             if own and "mask" in inspect.signature(function).parameters:
                 public.add(name)
     assert public == {case.name.split(":")[0] for case in CASES}
+
+
+def test_every_page_of_objectives_is_in_a_list_or_has_no_mask() -> None:
+    listed = {module.__name__.rsplit(".", 1)[1] for module in MODULES}
+    pairs = {"preference", "reference_free", "unpaired"}  # in test_every_pair_objective.py
+    no_mask = {"best_of_n", "inputs", "sampling", "__init__"}
+    pages = {path.stem for path in Path(objectives.__path__[0]).glob("*.py")}
+    assert pages == listed | pairs | no_mask
 
 
 @every_case
@@ -174,13 +212,24 @@ def test_per_example_gradients_by_vmap_of_grad_equal_a_loop(case: Case) -> None:
     close(vmap(first)(*stacks, batched), looped)
 
 
-@every_case
+@differentiated
 def test_gradients_equal_finite_differences(case: Case) -> None:
     if case.boolean:
         assert not case.call(*example(case), EXAMPLE_MASK).requires_grad
         return
     tensors = tuple(x.requires_grad_() for x in example(case))
     assert torch.autograd.gradcheck(lambda *xs: case.call(*xs, EXAMPLE_MASK), tensors, atol=1e-6)
+
+
+@stopped
+@fewer
+@given(data=st.data())
+def test_gradients_past_a_stop_gradient_are_the_closed_form(case: Case, data: st.DataObject) -> None:
+    assert case.slopes is not None and case.kind == "token"
+    mask, tensors = drawn(data, case)
+    weight = torch.arange(1, mask.numel() + 1, dtype=torch.float64).reshape(mask.shape)
+    expected = tuple(torch.where(mask, weight * slope, 0.0) for slope in case.slopes(*tensors))
+    close(gradients(case, tensors, mask), expected)
 
 
 @every_case
@@ -221,6 +270,21 @@ def test_it_compiles_as_one_full_graph(case: Case) -> None:
     tensors = example(case, dtype=torch.float32)
     compiled: Callable[..., Tensor] = torch.compile(case.call, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*tensors, EXAMPLE_MASK), case.call(*tensors, EXAMPLE_MASK))
+
+
+@every_case
+def test_its_gradient_compiles_as_one_full_graph(case: Case) -> None:
+    torch._dynamo.reset()
+    tensors = example(case, dtype=torch.float32)
+    if case.boolean:
+        assert case.call(*tensors, EXAMPLE_MASK).dtype == torch.bool
+        return
+
+    def first(*xs: Tensor) -> Tensor:
+        return grad(lambda *ys: case.call(*ys, EXAMPLE_MASK).square().sum())(*xs)
+
+    compiled: Callable[..., Tensor] = torch.compile(first, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*tensors), first(*tensors))
 
 
 @every_case

@@ -1,7 +1,6 @@
-"""Bradley-Terry, DPO, conservative DPO and IPO: golden numbers, closed-form gradients, identities, errors."""
+"""DPO, conservative and robust DPO, hinge and IPO: golden numbers, gradients, identities, errors."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,14 +10,17 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from minirlhf.objectives.preference import (
-    bradley_terry_loss,
     conservative_dpo_loss,
     dpo_loss,
+    hinge_loss,
     implicit_reward,
     ipo_loss,
     ipo_summed_loss,
+    robust_dpo_loss,
 )
+from minirlhf.objectives.ranking import bradley_terry_loss
 from tests.objectives import oracles
+from tests.objectives.assertions import close
 from tests.objectives.strategies import numbers
 
 
@@ -32,92 +34,6 @@ rows_of_logps = numbers(3, low=-40, high=0)
 quadruples = st.tuples(rows_of_logps, rows_of_logps, rows_of_logps, rows_of_logps)
 betas = st.sampled_from([0.01, 0.1, 0.5, 1.0, 3.0])
 smoothings = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.49])
-
-
-# Bradley-Terry
-
-
-@pytest.mark.parametrize(
-    ("gap", "loss", "slope"),
-    [
-        (4.0, 0.018150, -0.017986),
-        (-4.0, 4.018150, -0.982014),
-        (2.0, 0.126928, -0.119203),
-        (1.3, 0.241008, -0.214165),
-        (1.0, 0.313262, -0.268941),
-        (0.0, 0.693147, -0.5),
-    ],
-)
-def test_bradley_terry_golden_numbers(gap: float, loss: float, slope: float) -> None:
-    assert bradley_terry_loss(t(gap), t(0.0)).item() == pytest.approx(loss, abs=5e-7)
-    chosen, rejected = grad(lambda c, r: bradley_terry_loss(c, r).sum(), argnums=(0, 1))(t(gap), t(0.0))
-    assert chosen.item() == pytest.approx(slope, abs=5e-7)
-    assert rejected.item() == -chosen.item()
-
-
-def test_bradley_terry_golden_margin_and_smoothing() -> None:
-    assert bradley_terry_loss(t(4.0), t(0.0), margin=t(1.0)).item() == pytest.approx(0.048587, abs=5e-7)
-    assert bradley_terry_loss(t(4.0), t(0.0), label_smoothing=0.1).item() == pytest.approx(0.418150, abs=5e-7)
-    assert bradley_terry_loss(t(4.0, -4.0), t(0.0, 0.0)).mean().item() == pytest.approx(2.018150, abs=5e-7)
-
-
-@given(numbers(4), numbers(4), numbers(4, low=0), smoothings)
-def test_bradley_terry_equals_the_scalar_oracle(
-    chosen: Tensor, rejected: Tensor, margin: Tensor, smoothing: float
-) -> None:
-    got = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=smoothing)
-    rows = zip(chosen.tolist(), rejected.tolist(), margin.tolist(), strict=True)
-    expected = t(*(oracles.bradley_terry(c, r, m, smoothing) for c, r, m in rows))
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-@given(numbers(4), numbers(4), st.floats(-100, 100))
-def test_bradley_terry_knows_only_the_gap_and_its_swap_differs_by_the_gap(
-    chosen: Tensor, rejected: Tensor, shift: float
-) -> None:
-    loss = bradley_terry_loss(chosen, rejected)
-    torch.testing.assert_close(
-        bradley_terry_loss(chosen + shift, rejected + shift), loss, rtol=1e-9, atol=1e-9
-    )
-    torch.testing.assert_close(loss - bradley_terry_loss(rejected, chosen), rejected - chosen)
-    assert bool((loss > 0).all())
-
-
-def test_a_margin_is_a_handicap_of_the_chosen_reward() -> None:
-    chosen, rejected, margin = t(1.0, -2.0, 0.5), t(0.0, 1.0, 0.5), t(0.0, 1.0, 2.5)
-    with_margin = bradley_terry_loss(chosen, rejected, margin=margin)
-    torch.testing.assert_close(with_margin, bradley_terry_loss(chosen - margin, rejected))
-    assert torch.equal(
-        bradley_terry_loss(chosen, rejected), bradley_terry_loss(chosen, rejected, margin=t(0, 0, 0))
-    )
-
-
-def test_bradley_terry_is_stable_far_out() -> None:
-    assert bradley_terry_loss(t(-1e3), t(0.0)).item() == 1e3
-    assert bradley_terry_loss(t(1e3), t(0.0)).item() == 0.0
-    for gap in (1e4, -1e4):
-        slope = grad(lambda c: bradley_terry_loss(c, torch.zeros(1)).sum())(torch.tensor([gap]))
-        assert bool(slope.isfinite().all())
-
-
-def test_bradley_terry_is_convex_with_curvature_of_the_logistic_law() -> None:
-    gap = torch.linspace(-5, 5, 41, dtype=torch.float64)
-    curvature = vmap(grad(grad(lambda g: bradley_terry_loss(g, torch.zeros_like(g)))))(gap)
-    p = torch.sigmoid(gap)
-    torch.testing.assert_close(curvature, p * (1 - p), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.3])
-def test_label_smoothing_moves_the_optimum_to_the_log_odds_of_the_labels(smoothing: float) -> None:
-    best = t(math.log((1 - smoothing) / smoothing))
-
-    def loss(gap: Tensor) -> Tensor:
-        return bradley_terry_loss(gap, torch.zeros_like(gap), label_smoothing=smoothing).sum()
-
-    assert grad(loss)(best).abs().item() < 1e-15
-    entropy = -(smoothing * math.log(smoothing) + (1 - smoothing) * math.log(1 - smoothing))
-    assert loss(best).item() == pytest.approx(entropy, abs=1e-12)
-    assert grad(loss)(best - 0.1).item() < 0 < grad(loss)(best + 0.1).item()
 
 
 # DPO
@@ -229,6 +145,103 @@ def test_conservative_dpo_has_its_minimum_at_the_log_odds_over_beta(smoothing: f
     assert grad(loss)(best - 0.5).item() < 0 < grad(loss)(best + 0.5).item()
 
 
+# robust DPO
+
+
+def test_robust_dpo_golden_pair_and_reduction_to_dpo() -> None:
+    robust = robust_dpo_loss(*PAIR, beta=0.1, label_smoothing=0.1)
+    assert robust.item() == pytest.approx(0.362488, abs=5e-7)
+    assert torch.equal(robust_dpo_loss(*PAIR, beta=0.1, label_smoothing=0), dpo_loss(*PAIR, beta=0.1))
+    # It has no lower bound: at a larger margin it is negative.
+    assert robust_dpo_loss(*PAIR, beta=0.5, label_smoothing=0.1).item() == pytest.approx(-0.326413, abs=5e-7)
+
+
+@given(quadruples, betas, smoothings)
+def test_robust_dpo_equals_the_scalar_oracle(logps: Four, beta: float, smoothing: float) -> None:
+    rows = torch.stack(logps, dim=-1).tolist()
+    expected = t(*(oracles.robust_dpo(*row, beta=beta, smoothing=smoothing) for row in rows))
+    close(robust_dpo_loss(*logps, beta=beta, label_smoothing=smoothing), expected)
+
+
+@given(quadruples, betas, smoothings)
+def test_the_expectation_of_robust_dpo_under_flipped_labels_is_the_clean_loss(
+    logps: Four, beta: float, smoothing: float
+) -> None:
+    def noisy(chosen: Tensor, rejected: Tensor) -> Tensor:
+        kept = robust_dpo_loss(chosen, rejected, *logps[2:], beta=beta, label_smoothing=smoothing)
+        flipped = robust_dpo_loss(rejected, chosen, logps[3], logps[2], beta=beta, label_smoothing=smoothing)
+        return (1 - smoothing) * kept + smoothing * flipped
+
+    close(noisy(*logps[:2]), dpo_loss(*logps, beta=beta))
+    slopes = grad(lambda c, r: noisy(c, r).sum(), argnums=(0, 1))(*logps[:2])
+    clean = grad(lambda c, r: dpo_loss(c, r, *logps[2:], beta=beta).sum(), argnums=(0, 1))(*logps[:2])
+    close(slopes, clean)
+
+
+def test_the_expectation_of_conservative_dpo_under_flipped_labels_is_not_the_clean_loss() -> None:
+    a, b, c, d = PAIR
+    kept = conservative_dpo_loss(a, b, c, d, beta=0.1, label_smoothing=0.1)
+    flipped = conservative_dpo_loss(b, a, d, c, beta=0.1, label_smoothing=0.1)
+    assert abs((0.9 * kept + 0.1 * flipped - dpo_loss(*PAIR, beta=0.1)).item()) > 0.1
+
+
+@given(quadruples, betas, smoothings)
+def test_robust_dpo_gradient_never_changes_sign(logps: Four, beta: float, smoothing: float) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    expected = -beta * ((1 - smoothing) * torch.sigmoid(-x) + smoothing * torch.sigmoid(x))
+    expected = expected / (1 - 2 * smoothing)
+
+    def loss(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return robust_dpo_loss(a, b, c, d, beta=beta, label_smoothing=smoothing).sum()
+
+    slopes = grad(loss, argnums=(0, 1, 2, 3))(*logps)
+    close(slopes, (expected, -expected, -expected, expected))
+    assert bool((slopes[0] < 0).all())
+
+
+# hinge
+
+
+def test_hinge_golden_pair() -> None:
+    assert hinge_loss(*PAIR, beta=0.1).item() == pytest.approx(0.4)
+    slopes = grad(lambda a, b, c, d: hinge_loss(a, b, c, d, beta=0.1).sum(), argnums=(0, 1, 2, 3))(*PAIR)
+    assert [s.item() for s in slopes] == [-0.1, 0.1, 0.1, -0.1]
+    assert hinge_loss(*PAIR, beta=0.5).item() == 0.0
+
+
+@given(quadruples, betas)
+def test_hinge_equals_the_scalar_oracle(logps: Four, beta: float) -> None:
+    rows = torch.stack(logps, dim=-1).tolist()
+    close(hinge_loss(*logps, beta=beta), t(*(oracles.hinge(*row, beta=beta) for row in rows)))
+
+
+@given(quadruples, betas)
+def test_hinge_gradient_is_minus_beta_until_the_margin_is_reached_and_zero_from_there(
+    logps: Four, beta: float
+) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    short = beta * ((chosen - ref_chosen) - (rejected - ref_rejected)) < 1
+    slopes = grad(lambda a, b, c, d: hinge_loss(a, b, c, d, beta=beta).sum(), argnums=(0, 1, 2, 3))(*logps)
+    expected = torch.where(short, -beta, torch.zeros_like(chosen))
+    close(slopes, (expected, -expected, -expected, expected))
+
+
+def test_hinge_leaves_a_pair_alone_from_a_margin_of_one_over_beta_on() -> None:
+    zero = t(0.0)
+    for h, loss, slope in ((3.999, 0.00025, -0.25), (4.0, 0.0, 0.0), (4.001, 0.0, 0.0), (-2.0, 1.5, -0.25)):
+        assert hinge_loss(t(h), zero, zero, zero, beta=0.25).item() == pytest.approx(loss, abs=1e-12)
+        got = grad(lambda x: hinge_loss(x, zero, zero, zero, beta=0.25).sum())(t(h))
+        assert got.item() == slope
+
+
+@given(quadruples, betas)
+def test_hinge_and_dpo_differ_by_at_most_one_and_order_pairs_alike(logps: Four, beta: float) -> None:
+    # softplus(-x) lies between max(0, -x) and max(0, 1 - x).
+    difference = hinge_loss(*logps, beta=beta) - dpo_loss(*logps, beta=beta)
+    assert bool((difference <= 1).all()) and bool((difference >= -math.log(1 + math.exp(-1))).all())
+
+
 # IPO
 
 
@@ -297,63 +310,19 @@ def test_ipo_with_noisy_labels_has_its_optimum_at_p_minus_one_half_over_tau(
     assert grad(expected)(t(best)).abs().item() < 1e-12
 
 
-# every loss
-
-
-LOSSES = [
-    lambda a, b, c, d: bradley_terry_loss(a, b, margin=c, label_smoothing=0.1),
-    lambda a, b, c, d: implicit_reward(a, b, beta=0.2),
-    lambda a, b, c, d: dpo_loss(a, b, c, d, beta=0.2),
-    lambda a, b, c, d: conservative_dpo_loss(a, b, c, d, beta=0.2, label_smoothing=0.1),
-    lambda a, b, c, d: ipo_summed_loss(a, b, c, d, tau=0.2),
-    lambda a, b, c, d: ipo_loss(a, b, c, d, torch.full_like(a, 3), torch.full_like(a, 2), tau=0.2),
-]
-every_loss = pytest.mark.parametrize(
-    "loss", LOSSES, ids=["bt", "implicit", "dpo", "cdpo", "ipo_summed", "ipo"]
-)
-DRAWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-@every_loss
-def test_pairs_are_independent_unreduced_and_work_under_vmap(loss: Callable[..., Tensor]) -> None:
-    result = loss(*DRAWS)
-    assert result.shape == (5,)
-    torch.testing.assert_close(torch.stack([loss(*DRAWS[:, i : i + 1])[0] for i in range(5)]), result)
-    torch.testing.assert_close(vmap(loss)(*DRAWS), result)
-    assert torch.autograd.gradcheck(loss, tuple(DRAWS.clone().requires_grad_().unbind()))
-
-
-@every_loss
-def test_pair_losses_compile_and_compute_half_precision_in_fp32(loss: Callable[..., Tensor]) -> None:
-    torch._dynamo.reset()
-    half = DRAWS.bfloat16()
-    assert loss(*half).dtype == torch.float32
-    assert torch.equal(loss(*half), loss(*half.float()))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*DRAWS), loss(*DRAWS))
-
-
-@every_loss
-def test_a_column_beside_a_row_is_refused_not_broadcast(loss: Callable[..., Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"expected equal shapes, got .* \[5\], .* \[5, 1\]"):
-        loss(DRAWS[0], DRAWS[1][:, None], DRAWS[2], DRAWS[3])
+# errors
 
 
 def test_pair_errors_name_the_argument_the_expectation_and_what_came() -> None:
-    with pytest.raises(
-        ValueError, match=r"got chosen_logp \[1\], rejected_logp \[2\], ref_chosen_logp \[1\]"
-    ):
-        dpo_loss(PAIR[0], t(1.0, 2.0), PAIR[2], PAIR[3], beta=0.1)
+    for loss in (dpo_loss, hinge_loss):
+        with pytest.raises(
+            ValueError, match=r"got chosen_logp \[1\], rejected_logp \[2\], ref_chosen_logp \[1\]"
+        ):
+            loss(PAIR[0], t(1.0, 2.0), PAIR[2], PAIR[3], beta=0.1)
     with pytest.raises(
         ValueError, match=r"got chosen_logp \[1\], chosen_length \[2\], rejected_length \[1\]"
     ):
         ipo_loss(*PAIR, t(1, 2), t(1), tau=0.1)
-    with pytest.raises(ValueError, match="chosen_reward must be a floating-point tensor, got torch.int64"):
-        bradley_terry_loss(torch.tensor([1]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="rejected_reward must be a tensor, got list"):
-        bradley_terry_loss(t(1.0), [0.0])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"expected equal shapes, got .* margin \[2\]"):
-        bradley_terry_loss(t(1.0), t(0.0), margin=t(1.0, 1.0))
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
@@ -361,6 +330,8 @@ def test_a_weight_that_is_not_positive_and_finite_is_refused(bad: float) -> None
     for call, name in (
         (lambda: dpo_loss(*PAIR, beta=bad), "beta"),
         (lambda: conservative_dpo_loss(*PAIR, beta=bad, label_smoothing=0.1), "beta"),
+        (lambda: robust_dpo_loss(*PAIR, beta=bad, label_smoothing=0.1), "beta"),
+        (lambda: hinge_loss(*PAIR, beta=bad), "beta"),
         (lambda: implicit_reward(PAIR[0], PAIR[1], beta=bad), "beta"),
         (lambda: ipo_summed_loss(*PAIR, tau=bad), "tau"),
         (lambda: ipo_loss(*PAIR, t(1), t(1), tau=bad), "tau"),
@@ -371,14 +342,13 @@ def test_a_weight_that_is_not_positive_and_finite_is_refused(bad: float) -> None
 
 @pytest.mark.parametrize("bad", [-0.01, 0.5, 1.0, math.nan])
 def test_label_smoothing_outside_zero_to_one_half_is_refused(bad: float) -> None:
-    expectation = rf"label_smoothing must lie in \[0, 0.5\), got {bad}"
-    with pytest.raises(ValueError, match=expectation):
-        bradley_terry_loss(t(1.0), t(0.0), label_smoothing=bad)
-    with pytest.raises(ValueError, match=expectation):
-        conservative_dpo_loss(*PAIR, beta=0.1, label_smoothing=bad)
+    for loss in (conservative_dpo_loss, robust_dpo_loss):
+        with pytest.raises(ValueError, match=rf"label_smoothing must lie in \[0, 0.5\), got {bad}"):
+            loss(*PAIR, beta=0.1, label_smoothing=bad)
 
 
 @pytest.mark.parametrize("bad", ["0.1", None, True, torch.ones(2)])
 def test_a_weight_that_is_no_number_is_refused(bad: object) -> None:
-    with pytest.raises(ValueError, match="beta must be a number"):
-        dpo_loss(*PAIR, beta=bad)  # pyright: ignore[reportArgumentType]
+    for loss in (dpo_loss, hinge_loss):
+        with pytest.raises(ValueError, match="beta must be a number"):
+            loss(*PAIR, beta=bad)  # pyright: ignore[reportArgumentType]
