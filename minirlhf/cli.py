@@ -1,7 +1,7 @@
 """The command line: parses, calls one stage, prints.
 
 A mistake of the user's is one line on stderr and exit code 2, and leaves nothing behind; training that failed
-is exit code 1, an interruption 130.
+or a subject that is defective is exit code 1, an interruption 130.
 """
 
 import contextlib
@@ -23,18 +23,19 @@ from minirlhf.recipes import RunConfig, demo, real
 from minirlhf.runs import InputError, load_config
 from minirlhf.training.guards import GuardError
 from minirlhf.training.update import NonFiniteError
+from minirlhf.verify import SubjectError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 training failed, 2 a mistake, 130 interrupted."""
+    """Runs one command; returns the exit code: 0 done, 1 training failed or a defect found, 2 a mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = parse(arguments)
-        if command is not None:
-            command.run()
-        return 0
+        return (command.run() or 0) if command is not None else 0
     except InputError as error:
         return _complain(" ".join(str(error).split("\n")), 2)
+    except SubjectError as error:
+        return _complain(error, 2)
     except (NonFiniteError, GuardError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt as error:
@@ -97,10 +98,12 @@ def _defaults(command: type[Any], recipe: RunConfig) -> Any:
     """A command whose fields hold the recipe's values of the same name; what has no default is required."""
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(command):
+        found = getattr(recipe, entry.name, None)
+        section = dataclasses.is_dataclass(found) and entry.default is None  # a flag with a section's name
         if entry.name == "recipe":
             values[entry.name] = recipe
-        elif hasattr(recipe, entry.name):
-            values[entry.name] = getattr(recipe, entry.name)
+        elif found is not None and not section:
+            values[entry.name] = found
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             values[entry.name] = tyro.MISSING
     return command(**values)

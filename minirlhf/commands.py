@@ -17,14 +17,20 @@ from minirlhf.evaluation.stage import evaluate
 from minirlhf.recipes import RunConfig, bounded, demo
 from minirlhf.runs import InputError, atomic_directory
 from minirlhf.training import stages
+from minirlhf.training.group_config import GroupConfig
+from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
+from minirlhf.training.group_rewards import the_one_reward
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting, ShapeConfig
 from minirlhf.training.sft import SFTConfig
 from minirlhf.training.workspace import refuse_existing
+from minirlhf.verify.command import Verify
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Estimator = Literal["rloo", "group-normalised"]
+ESTIMATORS = {objective.name: objective for objective in (RLOO, GROUP_NORMALISED)}
 Config = TypeVar("Config")
 Flat = Annotated[Config, tyro.conf.arg(name="")]  # `--learning-rate`, not `--settings.learning-rate`
 
@@ -32,8 +38,8 @@ Flat = Annotated[Config, tyro.conf.arg(name="")]  # `--learning-rate`, not `--se
 class Command(Protocol):
     """What main asks of a command."""
 
-    def run(self) -> None:
-        """Does it."""
+    def run(self) -> int | None:
+        """Does it; an exit code, where there is more to say than that it is done."""
         ...
 
 
@@ -75,7 +81,7 @@ class Run:
     device: Device = "auto"
     """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
     max_steps: int | None = None
-    """Most optimiser steps of each stage (PPO: iterations); None for the recipe's own numbers."""
+    """Most optimiser steps of each stage (PPO, group: iterations); None for the recipe's own numbers."""
     recipe: Flat[RunConfig] = field(default_factory=demo)
 
     def run(self) -> None:
@@ -216,6 +222,43 @@ class PPO(Common):
 
 
 @dataclass(frozen=True)
+class Group(Common):
+    """Several samples per prompt, each judged by the others: policy gradient without a critic."""
+
+    policy: Path = field(kw_only=True)
+    """Directory of the model to train, usually the SFT model."""
+    data: Path = field(kw_only=True)
+    """Prompts: any of the known formats (.jsonl, .jsonl.gz)."""
+    reward_model: Path | None = None
+    """Directory of the reward model; this or --reward."""
+    reward: str | None = None
+    """module:function, a rule (prompts, responses, facts) -> tensor [B], higher is better, such as one that
+    checks the answer; modules in the working directory are found. This or --reward-model."""
+    estimator: Estimator = "rloo"
+    """Advantage of a response over its group: rloo, less the mean of the others; group-normalised, less the
+    mean of all, over their standard deviation."""
+    reference: Path | None = None
+    """Directory of the model to stay near; left out, the policy as it starts."""
+    max_steps: int | None = None
+    """Most iterations, whatever the other settings say; None: no bound."""
+    group: Flat[GroupConfig] = field(default_factory=GroupConfig)
+
+    def run(self) -> None:
+        """Trains and says score and KL."""
+        stages.group(
+            self.policy,
+            self.reference or self.policy,
+            the_one_reward(self.reward_model, self.reward, self.setting),
+            self.data,
+            self.out,
+            config=bounded(self.group, self.max_steps),
+            objective=ESTIMATORS[self.estimator],
+            setting=self.setting,
+            name=self.estimator,
+        )
+
+
+@dataclass(frozen=True)
 class Preference(Common):
     """What DPO and IPO take."""
 
@@ -315,7 +358,9 @@ COMMANDS: dict[str, type[Command]] = {
     "sft": SFT,
     "reward": Reward,
     "ppo": PPO,
+    "group": Group,
     "dpo": DPO,
     "ipo": IPO,
     "evaluate": Evaluate,
+    "verify": Verify,
 }

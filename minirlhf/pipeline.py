@@ -1,6 +1,6 @@
 """`minirlhf run`: the stages in order, nothing else.
 
-    data -> base -> SFT -> reward model -> PPO, DPO, IPO -> evaluation -> one table
+    data -> base -> SFT -> reward model -> PPO, DPO, IPO, groups if asked for -> evaluation -> one table
 
 On the embedded world a gold judge compares; on real data a second reward model does, which was trained on
 pairs that no other stage has seen.
@@ -35,11 +35,15 @@ from minirlhf.runs import (
 )
 from minirlhf.training import stages
 from minirlhf.training.device import resolve
+from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
+from minirlhf.training.group_rewards import of_reward_model
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import load_policy, refuse_existing
 
 JUDGE_SHARE = 1 / 3
 """Of the prompts of real preferences: those of the judge's own training."""
+
+_GROUPS = {"group": RLOO, "group-normalised": GROUP_NORMALISED}
 
 
 def run_world(out: Path, config: RunConfig, *, device: str) -> None:
@@ -110,6 +114,7 @@ def _align(
         probe=probe if probe.exists() else None,
     )
     _tell_accuracies(accuracies, bayes_accuracy)
+    prompts = data / "prompts.jsonl"
     for policy in config.policies:
         _announce(policy)
         out = run.model(policy)
@@ -117,9 +122,12 @@ def _align(
             stages.dpo(sft, sft, data / "preferences.jsonl", out, config=config.dpo, setting=setting)
         elif policy == "ipo":
             stages.ipo(sft, sft, data / "preferences.jsonl", out, config=config.ipo, setting=setting)
+        elif policy in _GROUPS:
+            judge, objective = of_reward_model(reward, setting), _GROUPS[policy]
+            groups = partial(stages.group, config=config.group, objective=objective, name=policy)
+            groups(sft, sft, judge, prompts, out, setting=setting)
         else:
             ppo = config.ppo if policy == "ppo" else dataclasses.replace(config.ppo, kl_coefficient=0.0)
-            prompts = data / "prompts.jsonl"
             stages.ppo(sft, sft, reward, prompts, out, config=ppo, setting=setting, name=policy)
 
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from minirlhf.data.world_files import WorldConfig
 from minirlhf.evaluation.compare import EvaluationConfig
 from minirlhf.runs import InputError
-from minirlhf.training.ppo_config import PPOConfig
+from minirlhf.training.group_config import GroupConfig
+from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.setting import NormaliseConfig, ReadingConfig, ShapeConfig
 from minirlhf.training.sft import SFTConfig
 
-PolicyName = Literal["ppo", "ppo-no-kl", "dpo", "ipo"]
+PolicyName = Literal["ppo", "ppo-no-kl", "dpo", "ipo", "group", "group-normalised"]
 
 _DEMO_RESPONSE = 48
 _DEMO_TEMPERATURE = 1.0
@@ -26,7 +27,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random."""
     policies: tuple[PolicyName, ...] = ("ppo", "dpo", "ipo")
-    """Rows of the table beside SFT, in this order; ppo-no-kl is PPO with a KL coefficient of 0."""
+    """Rows of the table beside SFT, in this order; ppo-no-kl is PPO with a KL coefficient of 0,
+    group is RLOO, group-normalised the same with advantages over the group's standard deviation."""
     world: WorldConfig = field(default_factory=WorldConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     reading: ReadingConfig = field(default_factory=ReadingConfig)
@@ -36,6 +38,7 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    group: GroupConfig = field(default_factory=GroupConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     ipo: IPOConfig = field(default_factory=IPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -69,6 +72,19 @@ def demo() -> RunConfig:
             critic_pretraining=2,
             evaluate_every=8,
         ),
+        group=GroupConfig(
+            iterations=32,  # without a critic, and its pretraining, these take about as long as PPO's 16
+            prompts_per_batch=32,
+            samples_per_prompt=4,
+            epochs=2,
+            minibatches=4,
+            micro_batch_size=32,
+            max_response=_DEMO_RESPONSE,
+            temperature=_DEMO_TEMPERATURE,
+            kl_coefficient=0.15,
+            learning_rate=3e-4,
+            evaluate_every=8,
+        ),
         dpo=_small(DPOConfig, learning_rate=1e-4, evaluate_every=50, beta=0.5),
         ipo=_small(IPOConfig, learning_rate=1e-4, evaluate_every=50, tau=1.0),
         evaluation=EvaluationConfig(max_response=_DEMO_RESPONSE),
@@ -91,25 +107,25 @@ def real() -> RunConfig:
         reward=RewardConfig(batch_size=8, micro_batch_size=4),
         normalise=NormaliseConfig(rollouts=64),
         ppo=PPOConfig(iterations=100, batch_size=16, micro_batch_size=4, critic_pretraining=1),
+        group=GroupConfig(iterations=100, prompts_per_batch=4, samples_per_prompt=4, micro_batch_size=4),
         dpo=DPOConfig(batch_size=8, micro_batch_size=4),
         ipo=IPOConfig(batch_size=8, micro_batch_size=4),
     )
 
 
 def bounded(config: Any, max_steps: int | None) -> Any:
-    """The same config with at most `max_steps` optimiser steps (of PPO: iterations) in each stage."""
+    """The same config with at most `max_steps` steps (of PPO and group: iterations) in each stage."""
     if max_steps is None:
         return config
     if max_steps < 1:
         raise InputError(f"max_steps must be at least 1, got {max_steps}")
     if isinstance(config, PPOConfig):
-        return dataclasses.replace(
-            config,
-            iterations=min(config.iterations, max_steps),
-            critic_pretraining=min(config.critic_pretraining, max_steps),
-        )
+        pretraining = min(config.critic_pretraining, max_steps)
+        config = dataclasses.replace(config, critic_pretraining=pretraining)
+    if isinstance(config, OnPolicyConfig):
+        return dataclasses.replace(config, iterations=min(config.iterations, max_steps))
     if isinstance(config, RunConfig):
-        names = ("drills", "base", "sft", "reward", "ppo", "dpo", "ipo")
+        names = ("drills", "base", "sft", "reward", "ppo", "group", "dpo", "ipo")
         return dataclasses.replace(
             config, **{name: bounded(getattr(config, name), max_steps) for name in names}
         )

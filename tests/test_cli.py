@@ -53,18 +53,29 @@ def tiny() -> RunConfig:
         ipo=replace(demo.ipo, **steps),
         normalise=NormaliseConfig(rollouts=16, max_response=8, temperature=1.0),
         ppo=replace(demo.ppo, iterations=2, batch_size=8, epochs=1, minibatches=1, max_response=8),
+        group=replace(
+            demo.group,
+            iterations=2,
+            prompts_per_batch=2,
+            samples_per_prompt=4,
+            epochs=1,
+            minibatches=1,
+            max_response=8,
+        ),
         evaluation=EvaluationConfig(prompts=6, samples=2, max_response=8),
     )
 
 
+POLICIES = ("ppo", "ppo-no-kl", "dpo", "ipo", "group", "group-normalised")
+
+
 @pytest.fixture(scope="module")
 def world_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished `minirlhf run` on the tiny world, with all four policies."""
+    """A finished `minirlhf run` on the tiny world, with all six policies."""
     root = tmp_path_factory.mktemp("world")
     (root / "tiny.toml").write_text(dump_config(tiny()))
-    policies = ("ppo", "ppo-no-kl", "dpo", "ipo")
     done = cli.main(
-        ["run", "--config", str(root / "tiny.toml"), "--out", str(root / "run"), "--policies", *policies]
+        ["run", "--config", str(root / "tiny.toml"), "--out", str(root / "run"), "--policies", *POLICIES]
     )
     assert done == 0
     return root / "run"
@@ -104,6 +115,10 @@ def arguments(name: str, root: Path) -> list[object]:
             *("--policy", root / "sft", "--reward-model", root / "reward", "--data", data / "prompts.jsonl"),
             *("--max-steps", 1, "--batch-size", 8, "--epochs", 1, *response),
         ],
+        "group": [
+            *("--policy", root / "sft", "--reward-model", root / "reward", "--data", data / "prompts.jsonl"),
+            *("--max-steps", 1, "--prompts-per-batch", 2, "--samples-per-prompt", 4, *response),
+        ],
         "dpo": ["--policy", root / "sft", "--data", data / "preferences.jsonl", *FAST, "--beta", 0.2],
         "ipo": ["--policy", root / "sft", "--data", data / "preferences.jsonl", *FAST, "--tau", 0.2],
         "evaluate": [
@@ -120,7 +135,7 @@ def arguments(name: str, root: Path) -> list[object]:
     }[name]
 
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "ipo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "group", "dpo", "ipo")
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -145,6 +160,28 @@ def test_flags_reach_the_stage(made: Path, tmp_path: Path) -> None:
     stage = (tmp_path / "dpo/stage.toml").read_text()
     assert "beta = 0.2\n" in stage and "learning_rate = 0.125\n" in stage and "max_steps = 2\n" in stage
     assert json.loads((tmp_path / "dpo/manifest.json").read_text())["seed"] == 7
+
+
+def test_group_is_rewarded_by_a_rule_of_the_working_directory(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ("import torch", "def here(p, r, f):", "    return torch.tensor([float('e' in x) for x in r])")
+    (tmp_path / "rule_of_the_cli.py").write_text("\n".join(lines))
+    rest = _without(arguments("group", made), "--reward-model")
+    assert command("group", tmp_path / "out", *rest, "--reward", "rule_of_the_cli:here") == 0
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["stage"] == "rloo" and "reward rule_of_the_cli:here" in manifest["data"]
+    assert {row["stage"] for row in read_metrics(tmp_path / "out/metrics.jsonl")} == {"rloo"}
+
+
+def test_group_takes_either_estimator_and_says_which(made: Path, tmp_path: Path) -> None:
+    given = ("--estimator", "group-normalised", "--kl-coefficient", 0.25)
+    assert command("group", tmp_path / "out", *arguments("group", made), *given) == 0
+    stage = (tmp_path / "out/stage.toml").read_text()
+    assert "kl_coefficient = 0.25\n" in stage and "samples_per_prompt = 4\n" in stage
+    assert "iterations = 1\n" in stage
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["stage"] == "group-normalised"
 
 
 def test_config_gives_defaults_and_flags_override_them(made: Path, tmp_path: Path) -> None:
@@ -193,7 +230,7 @@ def test_the_world_is_written_the_same_twice_and_another_with_another_seed(tmp_p
 
 def test_run_leaves_the_whole_run_directory(world_run: Path) -> None:
     run = RunLayout(world_run)
-    names = ("drilled", "base", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
+    names = ("drilled", "base", "sft", "reward", *POLICIES)
     assert all((run.model(name) / "model.safetensors").exists() for name in names)
     assert {
         "drills.jsonl",
@@ -205,10 +242,10 @@ def test_run_leaves_the_whole_run_directory(world_run: Path) -> None:
     } <= {path.name for path in run.data.iterdir()}
     assert {"report.md", "report.json", "samples.jsonl"} <= {path.name for path in run.evaluation.iterdir()}
     config = load_config(run.config, RunConfig)
-    assert config == dataclasses.replace(tiny(), policies=("ppo", "ppo-no-kl", "dpo", "ipo"))
+    assert config == dataclasses.replace(tiny(), policies=POLICIES)
     manifest = json.loads(run.manifest.read_text())
     assert manifest["weights"].keys() == set(names) and manifest["seconds"] > 0
-    stages = ("drills", "pretrain", "sft", "reward", "ppo", "ppo-no-kl", "dpo", "ipo")
+    stages = ("drills", "pretrain", "sft", "reward", *POLICIES)
     assert {row["stage"] for row in read_metrics(run.metrics)} == set(stages)
 
 
@@ -221,7 +258,7 @@ def test_ppo_without_kl_has_no_kl_in_its_reward_and_ppo_has(world_run: Path) -> 
 
 def test_report_has_a_row_per_policy_with_the_gold_judges_components(world_run: Path) -> None:
     report = json.loads((world_run / "evaluation/report.json").read_text())
-    assert [row["policy"] for row in report["rows"]] == ["sft", "ppo", "ppo-no-kl", "dpo", "ipo"]
+    assert [row["policy"] for row in report["rows"]] == ["sft", *POLICIES]
     assert report["rows"][1]["components"].keys() == {"facts", "intent", "manners", "ending"}
 
 
@@ -269,6 +306,10 @@ def test_the_same_command_twice_gives_the_same_table(
     assert tables[0] == tables[1]
     a, b = ((tmp_path / name / "evaluation/report.json").read_bytes() for name in "ab")
     assert a == b
+    assert [row["policy"] for row in json.loads(a)["rows"]] == ["sft", "ppo", "dpo", "ipo"]
+    models = ("drilled", "base", "sft", "reward", "ppo", "dpo", "ipo")
+    files = ("config.toml", "data", "evaluation", "manifest.json", "metrics.jsonl")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted((*models, *files))
 
 
 def test_real_preferences_run_all_stages_judged_by_a_second_reward_model(
@@ -342,7 +383,8 @@ def _replace(items: list[object], flag: str, value: object) -> list[object]:
 
 def _mistakes(made: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     """Name of a mistake -> (arguments, what its line must say)."""
-    sft, dpo, ppo = (arguments(name, made) for name in ("sft", "dpo", "ppo"))
+    sft, dpo, ppo, group = (arguments(name, made) for name in ("sft", "dpo", "ppo", "group"))
+    by_rule = _without(group, "--reward-model")
     write_rows(folder / "columns.jsonl", [{"question": "a", "answer": "b"}])
     write_rows(folder / "wrong_type.jsonl", [{"prompt": "a", "completion": 3}])
     write_rows(folder / "long.jsonl", [{"prompt": f"{i} " * 99, "completion": "b"} for i in range(20)])
@@ -385,6 +427,20 @@ def _mistakes(made: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "policy as reward model": (
             ["ppo", *_replace(ppo, "--reward-model", made / "sft")],
             "expected a reward",
+        ),
+        "no reward": (["group", *by_rule], "--reward-model DIR or --reward module:function, got neither"),
+        "two rewards": (["group", *group, "--reward", "minirlhf.data.gold:gold_score"], "got both"),
+        "no such rule": (
+            ["group", *by_rule, "--reward", "minirlhf.data.gold:gold_scor"],
+            "did you mean gold_score",
+        ),
+        "a rule without facts": (
+            ["group", *by_rule, "--reward", "minirlhf.data.gold:gold_score"],
+            "gold_score raised ValueError: the gold judge needs the facts",
+        ),
+        "one sample": (
+            ["group", *_replace(group, "--samples-per-prompt", 1)],
+            "samples_per_prompt must be at least 2",
         ),
         "long prompt": (["sft", *_replace(sft, "--data", folder / "long.jsonl")], "48|longer"),
         "no room": (["ppo", *_replace(ppo, "--max-response", 48)], "max_response of 48 .* context of 48"),

@@ -20,6 +20,7 @@ PAGES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "runs",
     "objectives",
+    "verify",
     "models",
     "kernels",
     "data",
@@ -35,6 +36,7 @@ ORDER = [
 # Beyond the order: what a room "knows nothing of".
 STRANGERS = {
     "objectives": {"runs"},
+    "verify": {"runs"},
     "data": {"models", "kernels"},
     "commands": {"objectives", "kernels", "rollout"},
     "cli": {"objectives", "kernels", "rollout"},

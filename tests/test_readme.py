@@ -21,7 +21,24 @@ from tests.test_house import ORDER, PAGES, imported_modules, module_name, room_o
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OBJECTIVES = ("preference", "policy", "value", "advantages", "divergence", "supervised", "sampling", "masked")
+OBJECTIVES = (
+    "ranking",
+    "preference",
+    "reference_free",
+    "unpaired",
+    "policy",
+    "policy_variants",
+    "importance",
+    "value",
+    "advantages",
+    "group_advantages",
+    "divergence",
+    "kl_usage",
+    "supervised",
+    "sampling",
+    "best_of_n",
+    "masked",
+)
 
 
 def fenced(language: str) -> list[str]:
@@ -235,3 +252,33 @@ def test_the_names_that_it_tells_to_extend_exist() -> None:
         assert f"`{name}`" in text
         module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
         assert hasattr(module, name)
+
+
+def marked(name: str) -> str:
+    return README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+
+
+def test_the_table_of_laws_is_the_one_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--table"]) == 0
+    assert marked("law table") == capsys.readouterr().out
+
+
+def test_the_forgotten_reference_is_found_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = next(block for block in fenced("python") if "def dpo_loss(" in block)
+    (tmp_path / "my_losses.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
+    assert cli.main(["verify", "my_losses.py:dpo_loss", "--kind", "dpo"]) == 1
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    shown = [line.rstrip() for line in marked("verify output").strip().splitlines()[1:-1]]
+    number = re.compile(r"-?\d+\.\d+")  # how small the counter-example gets depends on the time there is
+    assert [number.sub("#", line) for line in shown if "sys.path" not in line] == [
+        number.sub("#", line) for line in printed[-len(shown) :] if "sys.path" not in line
+    ]
+    right = source.replace("policy_rejected_logps\n", "policy_rejected_logps - reference_chosen_logps + "
+                           "reference_rejected_logps\n")  # fmt: skip
+    (tmp_path / "my_losses.py").write_text(right)
+    assert cli.main(["verify", "my_losses.py:dpo_loss", "--kind", "dpo"]) == 0
+    assert "CERTIFIED" in capsys.readouterr().out

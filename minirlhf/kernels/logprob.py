@@ -89,7 +89,7 @@ def token_report(
     return TokenReport(
         _scattered(chosen, mask),
         _scattered(_entropy(fixed), mask),
-        _scattered(chosen.detach() == fixed.amax(-1), mask),
+        _scattered(chosen == fixed.amax(-1), mask),
     )
 
 

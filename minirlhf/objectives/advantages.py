@@ -19,7 +19,6 @@ from minirlhf.objectives.inputs import (
     check_non_negative,
     check_per_sequence,
     check_tokens,
-    widen,
 )
 from minirlhf.objectives.masked import select, token_mean, token_variance
 
@@ -76,12 +75,12 @@ def gae(
     """
     check_tokens(mask, reward=reward, value=value)
     check_fraction(gamma=gamma, lam=lam)
-    r, v = select(reward, mask), select(value, mask)
-    final = _bootstrap(bootstrap_value, r, mask)
+    v = select(value, mask)
+    final = _bootstrap(bootstrap_value, v, mask)
     # The value of the first token that counts at or after t; shifted by one, V of the next one.
     carried = _suffix_recurrence(v, torch.where(mask, 0.0, torch.ones_like(v)), final)
     next_value = torch.cat([carried[..., 1:], final[..., None]], dim=-1)
-    delta = select(r + gamma * next_value - v, mask)
+    delta = select(reward + gamma * next_value - v, mask)
     decay = torch.where(mask, gamma * lam, torch.ones_like(v))
     advantage = select(_suffix_recurrence(delta, decay, torch.zeros_like(final)), mask)
     return AdvantageEstimate(advantage=advantage, ret=advantage + v)
@@ -191,7 +190,7 @@ def _bootstrap(bootstrap_value: Tensor | None, like: Tensor, mask: Tensor) -> Te
     if bootstrap_value is None:
         return like.new_zeros(like.shape[:-1])
     check_per_sequence("bootstrap_value", bootstrap_value, mask)
-    return widen(bootstrap_value)
+    return bootstrap_value
 
 
 def _suffix_recurrence(term: Tensor, decay: Tensor, final: Tensor) -> Tensor:
@@ -203,12 +202,10 @@ def _suffix_recurrence(term: Tensor, decay: Tensor, final: Tensor) -> Tensor:
     length = term.shape[-1]
     # The final value enters as one more term, which depends on nothing after it.
     term = torch.cat([term, final[..., None]], dim=-1)  # [B, T + 1]
-    decay = torch.cat([decay, torch.zeros_like(decay[..., :1])], dim=-1)
     reach = 1
     while reach <= length:
-        head, tail = slice(None, -reach), slice(-reach, None)  # the tail is solved: it sees the end
-        reached = term[..., head] + decay[..., head] * term[..., reach:]
-        term = torch.cat([reached, term[..., tail]], dim=-1)
-        decay = torch.cat([decay[..., head] * decay[..., reach:], decay[..., tail]], dim=-1)
+        reached = term[..., :-reach] + decay * term[..., reach:]
+        term = torch.cat([reached, term[..., -reach:]], dim=-1)  # the last are solved: they see the end
+        decay = decay[..., :-reach] * decay[..., reach:]  # of those that will not see it yet
         reach *= 2
     return term[..., :-1]

@@ -58,7 +58,7 @@ def bradley_terry_loss(
     check_floating(**rewards)
     check_same_shape(**rewards)
     gap = widen(chosen_reward) - widen(rejected_reward)
-    required = 0.0 if margin is None else widen(margin)
+    required = 0.0 if margin is None else margin
     loss = -F.logsigmoid(gap - required)
     if label_smoothing is None:
         return loss

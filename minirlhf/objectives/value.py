@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minirlhf.objectives.inputs import Scalar, check_tokens, check_width
+from minirlhf.objectives.inputs import Scalar, check_tokens, check_width, widen
 from minirlhf.objectives.masked import select, token_variance
 
 
@@ -98,6 +98,6 @@ def explained_variance(value: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
     """
     check_tokens(mask, value=value, ret=ret)
     variance = token_variance(ret, mask)
-    unexplained = token_variance(select(ret, mask) - select(value, mask), mask)
+    unexplained = token_variance(widen(ret) - widen(value), mask)
     varies = variance > 0
     return torch.where(varies, 1 - unexplained / torch.where(varies, variance, 1.0), 0.0)

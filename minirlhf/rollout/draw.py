@@ -59,7 +59,7 @@ def check_law(law_logp: Tensor, logits: Tensor) -> None:
     """
     if law_logp.shape != logits.shape:
         raise ValueError(f"law must keep the shape {list(logits.shape)}, got {list(law_logp.shape)}")
-    excess = law_logp.float().logsumexp(-1).abs().max()
+    excess = law_logp.logsumexp(-1).abs().max()
     if not excess < 1e-4:  # a comparison with NaN is False
         raise ValueError(
             f"law must give normalised log-probs of finite logits; logsumexp is off by {float(excess):.3g}"

@@ -6,7 +6,7 @@ that sampled, without autograd history: old log-probs, rewards and advantages re
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,29 @@ from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
 from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
+
+
+class PolicyRows(Protocol):
+    """What the policy's side reads of an experience, PPO's or a group's; the fields are those below."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def old_logp(self) -> Tensor: ...
+    @property
+    def ref_logp(self) -> Tensor: ...
+    @property
+    def score(self) -> Tensor: ...
+    @property
+    def advantage(self) -> Tensor: ...
+
+
+Rows = TypeVar("Rows", bound=PolicyRows)
+"""A NamedTuple of tensors, [N, T] or [N] each."""
 
 
 class Experience(NamedTuple):
@@ -125,10 +148,11 @@ def value_of(model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor)
     return select(scalar(params, aligned(model.hidden(params, tokens))), mask)
 
 
-def take_rows(experience: Experience, index: Tensor) -> Experience:
+def take_rows(experience: Rows, index: Tensor) -> Rows:
     """The rows at `index` [K] of every field alike, trimmed to the longest of them."""
     longest = int(experience.lengths[index].max())
-    return Experience(*(field[index, :longest] if field.ndim == 2 else field[index] for field in experience))
+    fields: Any = experience
+    return type(fields)(*(field[index, :longest] if field.ndim == 2 else field[index] for field in fields))
 
 
 def by_rows(read: Callable[[Tensor, Tensor], Tensor], rollout: Rollout, *, micro_batch_size: int) -> Tensor:

@@ -37,6 +37,13 @@ class Parts(NamedTuple):
     test: list
 
 
+class PromptRow(NamedTuple):
+    """A prompt that fits: its ids, and its text and facts as they were read."""
+
+    ids: list[int]
+    row: Prompt
+
+
 def read_plain(policy: Checkpoint, data: Path, setting: Setting) -> tuple[list[Example], list[Example]]:
     """Train and validation examples of plain text; texts have no prompt, so they are cut by position.
 
@@ -87,6 +94,17 @@ def read_prompt_ids(policy: Checkpoint, data: Path, max_response: int, setting: 
     """Ids of each different prompt that leaves room for the response; raises as `read_supervised`."""
     loaded = _read_unique_prompts(data, setting)
     return _parts(loaded, lambda rows: _tokenise_prompts(policy, rows, max_response, setting), data, setting)
+
+
+def read_prompt_rows(policy: Checkpoint, data: Path, max_response: int, setting: Setting) -> Parts:
+    """The same prompts as `PromptRow`s, for a reward that reads text and facts; raises likewise."""
+
+    def tokenise(rows: Sequence[Prompt]) -> Tokenised[PromptRow]:
+        fitting = _tokenise_prompts(policy, rows, max_response, setting)
+        pairs = zip(fitting.examples, fitting.kept, strict=True)
+        return Tokenised([PromptRow(ids, rows[i]) for ids, i in pairs], fitting.kept, fitting.report)
+
+    return _parts(_read_unique_prompts(data, setting), tokenise, data, setting)
 
 
 def read_test_prompts(

@@ -158,11 +158,11 @@ def train(
         GuardError, NonFiniteError, InputError: see `iteration`. What `keep` was given stays the best so far.
     """
     stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
-    _check_prompts(prompts, config, model.config.n_positions)
+    check_prompts(prompts, config.max_response, context=model.config.n_positions)
     task = Task(model, reference, scorer, prompts, stops)
     state = begin(policy, critic, config)
-    judge = partial(_judge, config=config, evaluate=evaluate, keep=keep)
-    best, metrics = judge(None, state, 0)
+    judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
+    best, metrics = judge(None, state.learners.policy.params, 0)
     if log is not None and metrics:
         log(0, metrics)
     total = config.critic_pretraining + config.iterations
@@ -174,7 +174,7 @@ def train(
             rate = 1 - (1 - config.final_rate) * done / config.iterations
             state, metrics, sampled = iteration(task, state, config, seed=seed, rate=rate)
         if number == total or (done >= 0 and (done + 1) % config.evaluate_every == 0):
-            best, evaluation = judge(best, state, number)
+            best, evaluation = judge(best, state.learners.policy.params, number)
             metrics |= evaluation
             if show is not None:
                 show(number, sampled)
@@ -223,26 +223,37 @@ def _sampled_metrics(task: Task, state: PPOState, sampled: Sampled) -> dict[str,
     return sampled_metrics(sampled, kl_coefficient=beta, eos_id=task.stop_ids[0])
 
 
-def _judge(
+def best_so_far(
     best: StageResult | None,
-    state: PPOState,
+    params: Params,
     number: int,
     *,
-    config: PPOConfig,
+    criterion: str,
     evaluate: Evaluate | None,
     keep: Keep | None,
 ) -> tuple[StageResult | None, Metrics]:
-    """The best policy so far, the present one included, and the present one's evaluation."""
+    """The best policy so far, the present one included, and the present one's evaluation.
+
+    Args:
+        best: of the evaluations before; None at the first.
+        params: the present policy after `number` iterations; copied where it is the best.
+        criterion: evaluation metric, higher is better.
+
+    Raises:
+        InputError: the evaluation has no such metric.
+        NonFiniteError: it is not a finite number.
+    """
     if evaluate is None:
         return None, {}
-    params, name = state.learners.policy.params, config.metric_for_best_model
     metrics = evaluate(params)
-    if name not in metrics:
-        raise InputError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {name!r}")
-    if not math.isfinite(metrics[name]):
-        raise NonFiniteError(number, f"{name} = {metrics[name]}")
+    if criterion not in metrics:
+        raise InputError(
+            f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {criterion!r}"
+        )
+    if not math.isfinite(metrics[criterion]):
+        raise NonFiniteError(number, f"{criterion} = {metrics[criterion]}")
     history = [*(best.history if best else []), {"step": float(number), **metrics}]
-    if best is not None and not metrics[name] > best.metrics[name]:
+    if best is not None and not metrics[criterion] > best.metrics[criterion]:
         return best._replace(history=history), metrics
     copy = tree_map(torch.clone, params)  # the optimiser goes on writing into its own
     if keep is not None:
@@ -250,15 +261,15 @@ def _judge(
     return StageResult(copy, number, metrics, history), metrics
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], config: PPOConfig, context: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_response: int, *, context: int) -> None:
     """All of them before the first iteration: none may stop the run in its middle."""
     if not prompts:
         raise InputError("no prompts to train on")
     for number, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= context - config.max_response:
+        if not 1 <= len(prompt) <= context - max_response:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens; expected 1 to {context - config.max_response}, "
-                f"since the context is {context} and max_response {config.max_response}"
+                f"prompt {number} has {len(prompt)} tokens; expected 1 to {context - max_response}, "
+                f"since the context is {context} and max_response {max_response}"
             )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.objectives.value import explained_variance
-from minirlhf.rollout.sampler import LENGTH
-from minirlhf.training.experience import Sampled
+from minirlhf.rollout.sampler import LENGTH, Rollout
+from minirlhf.training.experience import PolicyRows, Sampled
 
 METRICS = {
     # TRL's names and formulas. What TRL averages over padding too is averaged over response tokens here.
@@ -46,7 +46,19 @@ METRICS = {
 
 def sampled_metrics(sampled: Sampled, *, kl_coefficient: float, eos_id: int) -> dict[str, float]:
     """The metrics that the rollout and its rewards determine, before anything is learned."""
-    experience, mask = sampled.experience, sampled.experience.mask
+    experience = sampled.experience
+    explained = explained_variance(experience.old_value, experience.ret, experience.mask)
+    common = rollout_metrics(
+        experience, sampled.rollout, sampled.sampler_gap, kl_coefficient=kl_coefficient, eos_id=eos_id
+    )
+    return common | {"value/explained_variance": float(explained)}
+
+
+def rollout_metrics(
+    experience: PolicyRows, rollout: Rollout, sampler_gap: float, *, kl_coefficient: float, eos_id: int
+) -> dict[str, float]:
+    """Those of them that know no critic."""
+    mask = experience.mask
     kl = sequence_sum(kl_k1(experience.old_logp, experience.ref_logp, mask), mask).mean()
     score = experience.score.mean()
     values = {
@@ -57,10 +69,9 @@ def sampled_metrics(sampled: Sampled, *, kl_coefficient: float, eos_id: int) -> 
         "objective/scores": score,
         "objective/kl_coefficient": kl_coefficient,
         "val/num_eos_tokens": ((experience.tokens == eos_id) & mask).sum(),
-        "value/explained_variance": explained_variance(experience.old_value, experience.ret, mask),
         "response/length_mean": mask.sum() / len(mask),
-        "response/missing_eos": (sampled.rollout.stop_reason == LENGTH).float().mean(),
-        "guard/sampler_gap": sampled.sampler_gap,
+        "response/missing_eos": (rollout.stop_reason == LENGTH).float().mean(),
+        "guard/sampler_gap": sampler_gap,
     }
     return {name: float(value) for name, value in values.items()}
 

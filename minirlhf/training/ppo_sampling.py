@@ -18,7 +18,7 @@ from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate, response_mask
 from minirlhf.training.experience import Sampled, by_rows, collect, logp_of, penalised_score
 from minirlhf.training.guards import check_sampler, tolerance_for
-from minirlhf.training.ppo_config import PPOConfig
+from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.rewards import Scorer
 
 
@@ -77,7 +77,7 @@ def respond(
     model: LanguageModel,
     policy: Params,
     prompts: Sequence[Sequence[int]],
-    config: PPOConfig,
+    config: OnPolicyConfig,
     *,
     seed: int,
     prompt_index: Tensor,
@@ -125,7 +125,7 @@ def objective_on(
     reference: Params,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
-    config: PPOConfig,
+    config: OnPolicyConfig,
     *,
     seed: int,
     stop_ids: Sequence[int] | None = None,

@@ -6,7 +6,7 @@ whole minibatch, so that micro-batches add up to exactly the minibatch's token m
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from minirlhf.objectives.divergence import kl_k2, kl_k3
 from minirlhf.objectives.masked import scaled_sum
 from minirlhf.objectives.policy import clip_indicator, clipped_surrogate_loss, log_ratio, ratio
 from minirlhf.objectives.value import clipped_value_loss, value_loss
-from minirlhf.training.experience import Experience, take_rows, value_of
+from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
-from minirlhf.training.ppo_config import PPOConfig
+from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.update import Loss, TrainState, adamw, update
 
 
@@ -30,10 +30,10 @@ class Learners(NamedTuple):
     critic: TrainState
 
 
-class Minibatch(NamedTuple):
+class Minibatch(NamedTuple, Generic[Rows]):
     """Rows of an experience, cut for memory, and the number of response tokens that all of them hold."""
 
-    micro_batches: list[Experience]
+    micro_batches: list[Rows]
     tokens: Tensor
 
 
@@ -47,32 +47,54 @@ def policy_loss(model: LanguageModel, config: PPOConfig, *, tolerance: float) ->
     """
 
     def loss(params: Params, rows: Experience, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mean = partial(scaled_sum, mask=rows.mask, constant=tokens)
-        states = aligned(model.hidden(params, rows.tokens))
-        logp, entropy = token_logp_and_entropy(
-            states, model.unembedding(params), rows.tokens, rows.mask, temperature=config.temperature
+        _, aux = surrogate(
+            model, params, rows, tokens, config, dual_clip=config.dual_clip, tolerance=tolerance
         )
-        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-        surrogate = clipped_surrogate_loss(
-            logp, rows.old_logp, rows.advantage, rows.mask, **clip, dual_clip=config.dual_clip
-        )
-        total = mean(surrogate)  # token mean over the minibatch
-        clipped = clip_indicator(logp, rows.old_logp, rows.advantage, rows.mask, **clip)
-        moved = log_ratio(logp, rows.old_logp, rows.mask).abs() > tolerance
-        aux = {
-            "loss/policy_avg": total,
-            "policy/entropy_avg": mean(entropy),
-            "policy/approxkl_avg": mean(kl_k2(logp, rows.old_logp, rows.mask)),
-            "policy/approxkl_k3_avg": mean(kl_k3(rows.old_logp, logp, rows.mask)),
-            "policy/clipfrac_avg": mean(clipped.float()),
-            "val/ratio": mean(ratio(logp, rows.old_logp, rows.mask)),
-            "guard/off_policy_tokens": mean(moved.float()),
-        }
+        total = aux["loss/policy_avg"]  # token mean over the minibatch
         if config.entropy_coefficient is not None:
-            total = total - config.entropy_coefficient * mean(entropy)
+            total = total - config.entropy_coefficient * aux["policy/entropy_avg"]
         return total, aux
 
     return loss
+
+
+def surrogate(
+    model: LanguageModel,
+    params: Params,
+    rows: PolicyRows,
+    tokens: Tensor,
+    config: OnPolicyConfig,
+    *,
+    dual_clip: float | None,
+    tolerance: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of each token [b, T], unreduced, and this micro-batch's share of the metrics.
+
+    Args:
+        tokens: [] response tokens of the whole minibatch; metrics are means over them.
+        tolerance: as in `policy_loss`.
+    """
+    mean = partial(scaled_sum, mask=rows.mask, constant=tokens)
+    states = aligned(model.hidden(params, rows.tokens))
+    logp, entropy = token_logp_and_entropy(
+        states, model.unembedding(params), rows.tokens, rows.mask, temperature=config.temperature
+    )
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    element = clipped_surrogate_loss(
+        logp, rows.old_logp, rows.advantage, rows.mask, **clip, dual_clip=dual_clip
+    )
+    clipped = clip_indicator(logp, rows.old_logp, rows.advantage, rows.mask, **clip)
+    moved = log_ratio(logp, rows.old_logp, rows.mask).abs() > tolerance
+    metrics = {
+        "loss/policy_avg": mean(element),
+        "policy/entropy_avg": mean(entropy),
+        "policy/approxkl_avg": mean(kl_k2(logp, rows.old_logp, rows.mask)),
+        "policy/approxkl_k3_avg": mean(kl_k3(rows.old_logp, logp, rows.mask)),
+        "policy/clipfrac_avg": mean(clipped.float()),
+        "val/ratio": mean(ratio(logp, rows.old_logp, rows.mask)),
+        "guard/off_policy_tokens": mean(moved.float()),
+    }
+    return element, metrics
 
 
 def critic_loss(model: LanguageModel, config: PPOConfig) -> Loss:
@@ -118,17 +140,17 @@ def optimise(
         NonFiniteError: a loss or a gradient is not finite.
     """
     tolerance = tolerance_for(learners.policy.params)
-    surrogate = policy_loss(model, config, tolerance=tolerance)
+    loss = policy_loss(model, config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
-        policy, policy_metrics = _step(
-            learners.policy, minibatch, surrogate, config, rate * config.learning_rate
+        policy, policy_metrics = minibatch_step(
+            learners.policy, minibatch, loss, config, rate * config.learning_rate
         )
         if not history:
             check_first_minibatch(policy_metrics, tolerance=tolerance)
         critic, critic_metrics = critic_step(model, learners.critic, minibatch, config, rate=rate)
         learners = Learners(policy, critic)
-        history.append(_named(policy_metrics, "policy") | critic_metrics)
+        history.append(named(policy_metrics, "policy") | critic_metrics)
         if config.target_kl is not None and history[-1]["policy/approxkl_k3_avg"] > config.target_kl:
             return learners, history, True
     return learners, history, False
@@ -139,12 +161,12 @@ def critic_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One Adam step on the value loss."""
     learning_rate = rate * config.critic_learning_rate
-    critic, metrics = _step(critic, minibatch, critic_loss(model, config), config, learning_rate)
-    return critic, _named(metrics, "value")
+    critic, metrics = minibatch_step(critic, minibatch, critic_loss(model, config), config, learning_rate)
+    return critic, named(metrics, "value")
 
 
-def _step(
-    state: TrainState, minibatch: Minibatch, loss: Loss, config: PPOConfig, learning_rate: float
+def minibatch_step(
+    state: TrainState, minibatch: Minibatch, loss: Loss, config: OnPolicyConfig, learning_rate: float
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on one minibatch; metrics are token means over all of it."""
     return update(
@@ -159,8 +181,8 @@ def _step(
 
 
 def minibatches(
-    experience: Experience, config: PPOConfig, *, generator: torch.Generator
-) -> Iterator[Minibatch]:
+    experience: Rows, config: OnPolicyConfig, *, generator: torch.Generator
+) -> Iterator[Minibatch[Rows]]:
     """Each epoch's rows in a fresh random order, every row exactly once per epoch."""
     rows_in_all = len(experience.tokens)
     if rows_in_all % config.minibatches:
@@ -172,7 +194,7 @@ def minibatches(
             yield Minibatch(parts, experience.mask[rows].sum())
 
 
-def _named(metrics: dict[str, Tensor], model: str) -> dict[str, float]:
+def named(metrics: dict[str, Tensor], model: str) -> dict[str, float]:
     """The update's own two metrics under names that say whose they are; `loss` is in the aux already."""
     own = {"grad_norm": f"{model}/grad_norm_avg"}
     return {own.get(name, name): float(value) for name, value in metrics.items() if name != "loss"}

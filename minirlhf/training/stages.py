@@ -1,7 +1,7 @@
 """The stages as a user runs them: read data and model directories, call the stage's page, write a directory.
 
 Every function returns the metrics of the checkpoint that it wrote. The equations and loops are on the pages
-sft, reward_model, ppo and preference.
+sft, reward_model, ppo, group_policy and preference.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,23 @@ from minirlhf.models.interface import Params, with_scalar_head
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate
 from minirlhf.runs import InputError
+from minirlhf.training import group_policy as group_page
 from minirlhf.training import ppo as ppo_page
 from minirlhf.training import preference as preference_page
 from minirlhf.training import reward_model as reward_page
 from minirlhf.training import sft as sft_page
 from minirlhf.training.baselines import bag_of_words_accuracy, length_only_accuracy
 from minirlhf.training.experience import Sampled
+from minirlhf.training.group_config import GroupConfig
+from minirlhf.training.group_experience import GroupObjective, GroupSampled
+from minirlhf.training.group_rewards import Reward
 from minirlhf.training.inputs import (
     Parts,
     context_of,
     read_pairs,
     read_plain,
     read_prompt_ids,
+    read_prompt_rows,
     read_supervised,
     tokenise_pairs,
 )
@@ -257,6 +262,50 @@ def ppo(
     return _tell(name, result, out, setting)
 
 
+def group(
+    policy: Path,
+    reference: Path,
+    reward: Reward,
+    data: Path,
+    out: Path,
+    *,
+    config: GroupConfig,
+    objective: GroupObjective,
+    setting: Setting,
+    name: str,
+) -> Metrics:
+    """Several samples per prompt and no critic, near the reference, towards what the reward prefers."""
+    refuse_existing(out)
+    start, near = load_policy(policy, setting), load_policy(reference, setting)
+    require_same_model(start, near)
+    prompts = read_prompt_rows(start, data, config.max_response, setting)
+    score, held_out = (reward.scorer(start, part) for part in (prompts.train, prompts.validation))
+    ids, held_out_ids = ([row.ids for row in part] for part in (prompts.train, prompts.validation))
+    files = {"prompts": data} | reward.data
+    weights = {"policy": policy, "reference": reference} | reward.weights
+    seed, other = seed_for(setting, "group"), seed_for(setting, "group validation")
+    save = partial(_save_policy, start)
+    with (
+        open_stage(out, name, save, config, setting, data=files, weights=weights) as stage,
+        progress(name, config.iterations) as advance,
+    ):
+        result = group_page.train(
+            start.model,
+            start.params,
+            near.params,
+            score,
+            ids,
+            config,
+            objective=objective,
+            seed=seed,
+            evaluate=objective_on(start.model, near.params, held_out, held_out_ids, config, seed=other),
+            keep=stage.keep,
+            log=partial(_log_iteration, stage, advance, config.batch_size),
+            show=partial(_show_iteration, name, start, stage),
+        )
+    return _tell(name, result, out, setting)
+
+
 def dpo(
     policy: Path, reference: Path, data: Path, out: Path, *, config: DPOConfig, setting: Setting
 ) -> Metrics:
@@ -333,14 +382,11 @@ def _log_iteration(stage: Stage, advance: Advance, episodes: int, step: int, met
     advance(tokens, {shown: metrics[key] for shown, key in keys.items()})
 
 
-def _show_iteration(name: str, start: Checkpoint, stage: Stage, number: int, sampled: Sampled) -> None:
-    show_rollout(
-        f"{name}, iteration {number}",
-        start.tokenizer,
-        sampled.rollout,
-        sampled.experience.score,
-        stage.folder,
-    )
+def _show_iteration(
+    name: str, start: Checkpoint, stage: Stage, number: int, sampled: Sampled | GroupSampled
+) -> None:
+    title, score = f"{name}, iteration {number}", sampled.experience.score
+    show_rollout(title, start.tokenizer, sampled.rollout, score, stage.folder)
 
 
 def _tell(name: str, result: StageResult, out: Path, setting: Setting) -> Metrics:

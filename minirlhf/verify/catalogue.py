@@ -1,7 +1,30 @@
 """Every kind and every known bug, in the order in which they are listed."""
 
+from minirlhf.verify.bugs import advantages as advantages_bugs
+from minirlhf.verify.bugs import groups as groups_bugs
+from minirlhf.verify.bugs import identity_preference as identity_preference_bugs
+from minirlhf.verify.bugs import noisy_labels as noisy_labels_bugs
+from minirlhf.verify.bugs import normalisation as normalisation_bugs
 from minirlhf.verify.bugs import preference as preference_bugs
-from minirlhf.verify.families import preference
+from minirlhf.verify.bugs import ranking as ranking_bugs
+from minirlhf.verify.bugs import reference_free as reference_free_bugs
+from minirlhf.verify.bugs import shaped_reward as shaped_reward_bugs
+from minirlhf.verify.bugs import unpaired as unpaired_bugs
+from minirlhf.verify.families import (
+    adaptive_kl,
+    advantages,
+    bradley_terry,
+    groups,
+    identity_preference,
+    noisy_labels,
+    normalisation,
+    orpo,
+    preference,
+    ranking,
+    shaped_reward,
+    simpo,
+    unpaired,
+)
 from minirlhf.verify.kinds import Kind, Law
 from minirlhf.verify.laws import DESCENDING
 from minirlhf.verify.subject import SubjectError
@@ -9,9 +32,30 @@ from minirlhf.verify.zoo import Bug
 
 _FAMILIES = [
     preference,
+    noisy_labels,
+    identity_preference,
+    simpo,
+    orpo,
+    unpaired,
+    bradley_terry,
+    ranking,
+    advantages,
+    normalisation,
+    groups,
+    shaped_reward,
+    adaptive_kl,
 ]
 _ZOO = [
     preference_bugs,
+    noisy_labels_bugs,
+    identity_preference_bugs,
+    reference_free_bugs,
+    unpaired_bugs,
+    ranking_bugs,
+    advantages_bugs,
+    normalisation_bugs,
+    groups_bugs,
+    shaped_reward_bugs,
 ]
 KINDS: dict[str, Kind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}
 BUGS: tuple[Bug, ...] = tuple(bug for page in _ZOO for bug in page.BUGS)

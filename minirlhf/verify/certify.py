@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from minirlhf.verify.cases import generic, key_of, pool, size_of, smallest
 from minirlhf.verify.catalogue import bugs_of, kind_named, laws_of
@@ -58,7 +59,7 @@ def certify(
     start = time.perf_counter()
     chosen = kind_named(kind)
     binding = bind(fn, chosen, order=order, fixed=fixed, derived=derived, output=output, renamed=adapter)
-    binding, variant = fit(binding)
+    binding, variant = fit(_without(binding, without))
     demanded = _demanded(chosen, require)
     lacking = _lacking(binding, without, demanded)
     findings: list[Finding] = []
@@ -77,9 +78,17 @@ def certify(
         variant=variant,
         findings=tuple(findings),
         absent=tuple(sorted(lacking)),
-        nearest=nearest_bug(probe, bugs_of(kind)) if broken else None,
+        nearest=nearest_bug(probe, bugs_of(kind), _telling(findings, chosen)) if broken else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _telling(findings: Sequence[Finding], kind: Kind) -> list[Claim]:
+    """The broken claims that the ordinary cases and gradients do not show."""
+    broken = [
+        (finding.law, finding.claim) for finding in findings if finding.status == BROKEN and finding.claim
+    ]
+    return [c for law, c in broken if law.cases is not None or c.raw or (c.wrt and c.wrt not in kind.differentiable)]
 
 
 def first_broken(law: Law, probe: Probe, cases: Sequence[Case]) -> Claim | None:
@@ -96,6 +105,8 @@ def first_broken(law: Law, probe: Probe, cases: Sequence[Case]) -> Claim | None:
         except Raised as raised:
             why = "an input that every subject of this kind has to take"
             return Claim(raised.case, raised.error, "holds", None, why)
+        except (RuntimeError, IndexError) as error:  # of the law's arithmetic, on a result of another shape
+            return Claim(case, error, "holds", None, "the result has the shape that its kind says")
     return None
 
 
@@ -123,7 +134,7 @@ def _finding(law: Law, probe: Probe, lacking: set[str], demanded: set[str]) -> F
         return Finding(law, ABSENT, lacks=missing[0] if missing else law.proves)
     cases = pool(probe.binding.kind) if law.cases is None else law.cases()
     if law.cases is not None:
-        unable = _inexpressible(probe.binding, cases)
+        unable = next(filter(None, map(probe.binding.unable, cases)), None)
         if unable:
             return Finding(law, ABSENT, lacks=unable)
     try:
@@ -135,19 +146,6 @@ def _finding(law: Law, probe: Probe, lacking: set[str], demanded: set[str]) -> F
     if law.proves and law.proves not in demanded:
         return Finding(law, ABSENT, lacks=law.proves, claim=claim)
     return Finding(law, BROKEN, claim=claim)
-
-
-def _inexpressible(binding: Binding, cases: Sequence[Case]) -> str | None:
-    """The argument that keeps the subject from being given these deterministic cases as they are."""
-    for case in cases:
-        can = binding.restricted(case)
-        for name, value in case.items():
-            same = name in can and (
-                can[name] is value or torch.equal(torch.as_tensor(can[name]), torch.as_tensor(value))
-            )
-            if not same:
-                return name
-    return None
 
 
 def _shrunk(findings: Sequence[Finding], probe: Probe, deadline: float) -> Iterator[Finding]:
@@ -197,6 +195,28 @@ def _demanded(kind: Kind, require: Sequence[str]) -> set[str]:
     return names
 
 
+def _some_results(binding: Binding) -> dict[str, Tensor]:
+    """What the subject returns on the first generic case on which it returns anything."""
+    for case in generic(binding.kind):
+        try:
+            return results_of(binding.call(binding.restricted(case)), binding.kind)
+        except (
+            Exception,
+            SystemExit,
+        ):  # a stranger's function: on this case it is a defect, found by the laws
+            continue
+    return {}
+
+
+def _without(binding: Binding, features: Sequence[str]) -> Binding:
+    """The subject as if it lacked these arguments: it is not given them, or given their neutral value."""
+    arguments = [argument for argument in binding.kind.arguments if argument.name in features]
+    dropped = {a.name for a in arguments if a.optional}
+    neutral = {a.name for a in arguments if a.neutral is not None}
+    names = {name: theirs for name, theirs in binding.names.items() if name not in dropped}
+    return replace(binding, names=names, absent=binding.absent | dropped | neutral)
+
+
 def _lacking(binding: Binding, without: Sequence[str], demanded: set[str]) -> set[str]:
     kind = binding.kind
     unknown = sorted(set(without) - set(kind.features))
@@ -204,7 +224,7 @@ def _lacking(binding: Binding, without: Sequence[str], demanded: set[str]) -> se
         raise SubjectError(f"{kind.name} has no feature {unknown[0]!r}; it has {', '.join(kind.features)}")
     lacking = {name for name in binding.absent if not required(kind.argument(name))}
     lacking |= set(binding.built_in)
-    results = results_of(binding.call(binding.restricted(generic(kind)[0])), kind)
+    results = _some_results(binding)
     lacking |= {name for name in kind.fields[1:] if name not in results}
     if lacking & demanded:
         raise SubjectError(

@@ -13,9 +13,11 @@ from rich.table import Table
 
 from minirlhf.verify.catalogue import KINDS, bugs_of, kind_named, laws_of
 from minirlhf.verify.certify import certify
+from minirlhf.verify.goals import GOALS
 from minirlhf.verify.kinds import Kind
 from minirlhf.verify.subject import SubjectError
-from minirlhf.verify.target import load
+from minirlhf.verify.target import load, named
+from minirlhf.verify.trainers import certify_trainer
 
 CERTIFIED, DEFECTIVE = 0, 1
 
@@ -43,6 +45,8 @@ class Verify:
     """Features to be treated as absent."""
     require: tuple[str, ...] = ()
     """Features whose absence is to be a defect; "all" for all of them."""
+    max_updates: int = 1000
+    """Of a trainer, after which it has not reached its goal."""
     list: bool = False
     """Show the kinds with their signatures; with --kind also its arguments, laws, conventions and bugs."""
     table: bool = False
@@ -63,8 +67,12 @@ class Verify:
 
     def _certify(self, console: Console) -> int:
         if not self.subject or not self.kind:
-            raise SubjectError("expected a subject and its kind: minirlhf verify module:function --kind dpo; "
-                               "minirlhf verify --list shows the kinds")  # fmt: skip
+            raise SubjectError(
+                "expected a subject and its kind: minirlhf verify module:function --kind dpo; "
+                "minirlhf verify --list shows the kinds"
+            )
+        if self.kind in GOALS:
+            return self._certify_trainer(console)
         kind_named(self.kind)  # before the subject's file is executed
         adapter: dict[str, Any] = {n: _renamed(text) for n, text in _pairs("rename", self.rename)}
         report = certify(
@@ -83,6 +91,29 @@ class Verify:
         else:
             console.print(report)
         return CERTIFIED if report else DEFECTIVE
+
+    def _certify_trainer(self, console: Console) -> int:
+        trainer = named(self.subject)
+        parts = ("begin", "update", "policy")
+        missing = [part for part in parts if not callable(getattr(trainer, part, None))]
+        if missing:
+            raise SubjectError(
+                f"{self.subject}: a trainer is an object with begin(world), update(state) and policy(state); "
+                f"this {type(trainer).__name__} lacks {', '.join(missing)}"
+            )
+        report = certify_trainer(
+            trainer.update,
+            GOALS[self.kind](),
+            begin=trainer.begin,
+            policy=trainer.policy,
+            max_updates=self.max_updates,
+            console=None if self.json else Console(stderr=True),
+        )
+        if self.json:
+            print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            console.print(report)
+        return CERTIFIED if report.reached else DEFECTIVE
 
 
 def markdown_table() -> str:
@@ -108,6 +139,9 @@ def _all_kinds() -> Table:
     for name, kind in KINDS.items():
         what = f"{kind.title}\n[dim]{_escaped(kind.signature)}[/]"
         table.add_row(name, what, str(len(laws_of(kind))), str(len(bugs_of(name))))
+    table.add_section()
+    for name, goal in GOALS.items():
+        table.add_row(name, f"a trainer, run in an enumerable world: {goal().claim}", "", "")
     return table
 
 

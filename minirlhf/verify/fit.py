@@ -7,7 +7,8 @@ agrees on any, ours is kept, and the laws say what is wrong.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.cases import generic
-from minirlhf.verify.kinds import Case, Kind, Numbers
+from minirlhf.verify.kinds import Argument, Case, Dialect, Kind, Numbers
 from minirlhf.verify.reductions import Reduction, of_shape
 from minirlhf.verify.subject import Binding, SubjectError, own, results_of
 
@@ -46,33 +47,91 @@ def fit(binding: Binding) -> tuple[Binding, Variant]:
     Raises:
         SubjectError: the subject raises on every generic case, or returns a shape that no reduction explains.
     """
+    saying_more = [dialect for dialect in binding.kind.dialects if dialect.carries]
+    for found in filter(None, (_in_dialect(binding, dialect) for dialect in saying_more)):
+        return found
+    plain, complaint = None, None
+    try:
+        plain = _fitted(binding)
+    except SubjectError as error:
+        complaint = error
+    if plain and plain[1].matched == 1.0:
+        return plain
+    for dialect in binding.kind.dialects:
+        found = None if dialect in saying_more else _in_dialect(binding, dialect)
+        # A tensor with an axis less fits the others only where it is meant to: where both run, it is meant.
+        fewer = dialect.say(generic(binding.kind)[0]).ndim < len(binding.kind.argument(dialect.argument).shape)
+        usual = plain is not None and (found is None or plain[1].matched > found[1].matched)
+        if found and not usual and (fewer or plain is None or not _runs(plain[0])):
+            return found
+    if plain is None:
+        assert complaint is not None
+        raise complaint
+    return plain
+
+
+def _in_dialect(binding: Binding, dialect: Dialect) -> tuple[Binding, Variant] | None:
+    """The fit of a subject that is spoken to in a dialect; None where it cannot be, on any generic case."""
+    takes = dialect.argument in binding.names or dialect.argument in binding.positions
+    if not takes or not set(dialect.carries) <= binding.absent:
+        return None
+    spoken = replace(binding, dialect=dialect, absent=binding.absent - set(dialect.carries))
+    try:
+        fitted, variant = _fitted(spoken)
+    except SubjectError:
+        return None
+    return (fitted, variant) if _runs(fitted) else None
+
+
+def _runs(binding: Binding) -> bool:
+    """Whether the subject takes every generic case."""
+    try:
+        for case in generic(binding.kind):
+            binding.call(own(binding.restricted(case)))
+    except (Exception, SystemExit):  # of a stranger's function
+        return False
+    return True
+
+
+def _fitted(binding: Binding) -> tuple[Binding, Variant]:
     kind = binding.kind
     cases = [binding.restricted(case) for case in generic(kind)]
+    cases += [kind.anchor(case) for case in cases] if kind.anchor else []
     binding, outputs = _outputs(binding, cases)
+    binding, outputs = _laid_out(binding, cases, outputs)
     reductions = _possible(kind, cases, outputs)
+    seen = outputs if kind.fit_by is None else [_slope(binding, case, kind.fit_by) for case in cases]
     best: Variant | None = None
     for built_in in _built_in(binding):
         bound = [{**case, **built_in} for case in cases]
         for options in _combinations(kind):
-            elements = [_oracle(kind, case, options) for case in bound]
-            for variant in _output_variants(kind, options, built_in, reductions, bound, elements, outputs):
-                if best is None or variant.matched > best.matched + 1e-12:
+            targets = [_target(kind, case, options) for case in bound]
+            for variant in _output_variants(kind, options, built_in, reductions, bound, targets, seen):
+                if best is None or _quality(variant) > _quality(best):
                     best = variant
-        if best is not None and best.matched == 1.0:
+        if best is not None and _quality(best) == (1.0, -FP64, 0):
             break
     assert best is not None
     return replace(binding, built_in={**binding.built_in, **best.built_in}), best
 
 
+def _quality(variant: Variant) -> tuple[float, float, int]:
+    """How well it explains the subject: on how many cases, then how closely, then, where it does not explain all,
+    with how few numbers read off a subject that is wrong anyway."""
+    fewer = 0 if variant.matched == 1.0 else -len(variant.built_in)
+    return round(variant.matched, 9), -variant.tolerance, fewer
+
+
 def agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
     """Same shape, and equal within the tolerance, absolute and relative to the largest magnitude.
 
-    Infinities agree with themselves; NaN agrees with nothing.
+    Infinities agree with themselves; NaN agrees with nothing. A log-prob of -inf may be any below -10,000, whose
+    exponential is 0 in every precision.
     """
     if got.shape != want.shape:
         return False
     got, want = got.detach().double(), want.detach().double()
-    same = got == want
+    same = (got == want) | ((want == -math.inf) & (got < -1e4))
     finite = want.isfinite()
     scale = max(1.0, float(want[finite].abs().max())) if bool(finite.any()) else 1.0
     return bool((same | ((got - want).abs() <= tolerance * scale)).all())
@@ -101,6 +160,18 @@ def _outputs(binding: Binding, cases: list[Case]) -> tuple[Binding, list[Tensor 
     ) from first_error
 
 
+def _laid_out(
+    binding: Binding, cases: list[Case], outputs: list[Tensor | None]
+) -> tuple[Binding, list[Tensor | None]]:
+    """The results in the shape of the kind, where all of them come in one known other layout."""
+    pairs = [(o, case) for o, case in zip(outputs, cases, strict=True) if o is not None]
+    for layout in binding.kind.layouts:
+        if all(layout.fits(o, case) for o, case in pairs):
+            straight = [None if o is None else layout.canonical(o) for o in outputs]
+            return replace(binding, layout=layout), straight
+    return binding, outputs
+
+
 def _possible(kind: Kind, cases: list[Case], outputs: list[Tensor | None]) -> list[Reduction]:
     known = of_shape(kind.shape, masked=kind.mask is not None)
     ways = known if kind.reducible else known[:1]
@@ -127,14 +198,11 @@ def _output_variants(
     built_in: Mapping[str, float],
     reductions: list[Reduction],
     cases: list[Case],
-    elements: list[Tensor],
+    targets: list[Callable[[Reduction], Tensor]],
     outputs: list[Tensor | None],
 ) -> Iterator[Variant]:
     for way in reductions:
-        reduced = [
-            way.apply(e, case.get(kind.mask) if kind.mask else None)
-            for e, case in zip(elements, cases, strict=True)
-        ]
+        reduced = [target(way) for target in targets]
         for sign in (1, -1) if kind.signed else (1,):
             for factor in kind.factors:
                 seen = [_counted(kind, o, case) for o, case in zip(outputs, cases, strict=True)]
@@ -146,6 +214,31 @@ def _output_variants(
                 yield Variant(options, built_in, way, sign, factor, FP32 if single else FP64, matched)
 
 
+def _target(kind: Kind, case: Case, options: Mapping[str, Any]) -> Callable[[Reduction], Tensor]:
+    """What a right subject gives in each reduction: the value, or the gradient that the kind is fitted by."""
+    mask = case.get(kind.mask) if kind.mask else None
+    if kind.fit_by is None:
+        elements = _oracle(kind, case, options)
+        return lambda way: way.apply(elements, mask)
+    x = case[kind.fit_by].detach().clone().requires_grad_()
+    graph = kind.oracle({**case, kind.fit_by: x}, options)
+    return lambda way: torch.autograd.grad(way.apply(graph, mask).sum(), x, retain_graph=True)[0]
+
+
+def _slope(binding: Binding, case: Case, wrt: str) -> Tensor | None:
+    """The gradient of what the subject returns; None where it raised."""
+    x = case[wrt].detach().clone().requires_grad_()
+    try:
+        result = next(iter(results_of(binding.call(own({**case, wrt: x})), binding.kind).values()))
+        counted = _counted(binding.kind, result, case)
+        if counted is None or not counted.requires_grad:
+            return torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(counted.sum(), x, allow_unused=True)
+    except (Exception, SystemExit):  # of a stranger's function
+        return None
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
 def _counted(kind: Kind, output: Tensor | None, case: Case) -> Tensor | None:
     """One number per token where the mask is True; 0 elsewhere, whatever the subject leaves there."""
     if output is None or kind.mask is None or output.shape != case[kind.mask].shape:
@@ -155,14 +248,35 @@ def _counted(kind: Kind, output: Tensor | None, case: Case) -> Tensor | None:
 
 def _built_in(binding: Binding) -> Iterator[dict[str, float]]:
     """Values to try for the numbers that the subject does not take and the user did not state."""
-    numbers = [
-        a
-        for a in binding.kind.arguments
-        if isinstance(a.domain, Numbers) and a.name in binding.absent and not a.optional
-    ]
-    values = [a.domain.usual or a.domain.choices for a in numbers if isinstance(a.domain, Numbers)]
-    for chosen in itertools.product(*values):
-        yield {a.name: v for a, v in zip(numbers, chosen, strict=True)}
+    values = {a.name: _candidates(binding, a) for a in binding.kind.arguments if a.name in binding.absent}
+    values = {name: candidates for name, candidates in values.items() if candidates}
+    for chosen in itertools.product(*values.values()):
+        yield {name: v for name, v in zip(values, chosen, strict=True) if v is not None}
+
+
+def _candidates(binding: Binding, argument: Argument) -> list[float | None]:
+    """Values of a number that the subject may have built in; None is the feature that is not there."""
+    if not isinstance(argument.domain, Numbers):
+        return []
+    measured = _measured(binding, argument.name)
+    if argument.optional:
+        return [None] if measured is None else [measured, None]
+    return [measured] if measured is not None else list(argument.domain.usual or argument.domain.choices)
+
+
+def _measured(binding: Binding, name: str) -> float | None:
+    """The number, read off the subject's answers; to six digits, since it may compute in single precision."""
+    main = binding.kind.fields[0] if binding.kind.fields else "result"
+
+    def ask(case: Case) -> float:
+        returned = binding.call(own(binding.restricted(case)))
+        return float(results_of(returned, binding.kind)[main].detach().double().sum())
+
+    try:
+        value = binding.kind.measure[name](ask) if name in binding.kind.measure else None
+    except (Exception, SystemExit):  # of a stranger's function
+        return None
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _combinations(kind: Kind) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,9 @@ used is not in it."""
 Options = Mapping[str, Any]
 """The value of each convention of the kind that belongs to the formula (see `Convention`)."""
 
+Ask = Callable[[Case], float]
+"""What a subject answers to a case of one element."""
+
 
 class Reals(NamedTuple):
     """Tensor elements between low and high, or now and then one of the specials (kinks, ties, zeros)."""
@@ -88,6 +91,32 @@ class Convention(NamedTuple):
     values: Mapping[Any, str]
 
 
+class Dialect(NamedTuple):
+    """Another way in which right subjects take one argument: one advantage per sequence, labels of -100.
+
+    say: (case) -> what the subject is given for the argument. project: (case) -> the nearest case that can be
+    said so. carries: arguments that are said with it, which such a subject does not lack.
+    """
+
+    argument: str
+    note: str
+    say: Callable[[Case], Any]
+    project: Callable[[Case], Case] = lambda case: case
+    carries: tuple[str, ...] = ()
+
+
+class Layout(NamedTuple):
+    """Another shape in which right subjects return the same numbers.
+
+    fits: (result, case) -> whether it is that. canonical: the same in the shape of the kind; code: as source.
+    """
+
+    note: str
+    fits: Callable[[Tensor, Case], bool]
+    canonical: Callable[[Tensor], Tensor]
+    code: str
+
+
 class Claim(NamedTuple):
     """One comparison that a law makes: on `case`, the subject's value (or gradient) must stand in `relation`
     to `want`.
@@ -99,6 +128,7 @@ class Claim(NamedTuple):
     take: an index expression into the result that `got` is, such as "[:, :3]"; code that a reader runs.
     field: which field of the result; None for the main one.
     loose: how many times 1e-8, relative, the two may differ (more where the subject is in single precision).
+    raw: what lies under the mask is part of `got`.
     """
 
     case: Case
@@ -110,6 +140,7 @@ class Claim(NamedTuple):
     take: str = ""
     field: str | None = None
     loose: float = 1.0
+    raw: bool = False
 
 
 class Probed(Protocol):
@@ -124,6 +155,7 @@ class Probed(Protocol):
     @property
     def ascending_loss(self) -> bool: ...
     def has(self, feature: str) -> bool: ...
+    def named(self, argument: str) -> str: ...
     def value(self, case: Case, field: str | None = None) -> Tensor: ...
     def raw(self, case: Case) -> Tensor: ...
     def written_to(self, case: Case) -> list[str]: ...
@@ -131,6 +163,7 @@ class Probed(Protocol):
     def expected(self, case: Case) -> Tensor: ...
     def expected_grad(self, case: Case, wrt: str) -> Tensor: ...
     def reduced(self, per_element: Tensor, case: Case) -> Tensor: ...
+    def able(self, case: Case) -> bool: ...
 
 
 Check = Callable[[Probed, Case], Iterator[Claim]]
@@ -171,6 +204,11 @@ class Kind(NamedTuple):
     mask: the argument that masks; rows: the arguments (and result) have the batch as first axis.
     fields: names of further results, if the canonical result is a tuple; the first is the main one.
     sizes: axis letter → (smallest, largest) in drawn cases.
+    measure: number → how to read it off a subject that has it built in, from a few answers; None: it cannot.
+    dialects, layouts: other ways to take an argument and to return the result.
+    anchor: a change of a case after which most wrong subjects are right (ratio 1, the whole batch at once): by
+        it the sign and reduction of a wrong one are told.
+    fit_by: the argument whose gradient tells the variants apart, where values do not count; None: values do.
     """
 
     name: str
@@ -190,6 +228,11 @@ class Kind(NamedTuple):
     fields: tuple[str, ...] = ()
     sizes: Mapping[str, tuple[int, int]] = {}
     extra_cases: Callable[[], list[Case]] = lambda: []
+    measure: Mapping[str, Callable[[Ask], float | None]] = {}
+    dialects: tuple[Dialect, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    anchor: Callable[[Case], Case] | None = None
+    fit_by: str | None = None
 
     def argument(self, name: str) -> Argument:
         """The argument of that name."""

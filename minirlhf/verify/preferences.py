@@ -86,6 +86,7 @@ def bradley_terry_fit(data: Tensor) -> Tensor:
     Raises:
         ValueError: there is none: some responses always win or always lose, or are never compared.
     """
+    _check_connected(data)
     seen = data + data.transpose(1, 2)
     reward = torch.zeros_like(data[..., 0])
     for _ in range(100):
@@ -146,20 +147,22 @@ def _population(losses: Tensor, data: Tensor) -> Tensor:
 def _least_squares(data: Tensor, tau: float) -> Tensor:
     """The u [X, N] of mean 0 with the smallest E_C (u_i - u_j - 1/(2τ))²."""
     check_positive(tau=tau)
+    _check_connected(data)
     return _laplacian_solve(data + data.transpose(1, 2), (data - data.transpose(1, 2)).sum(2) / (2 * tau))
 
 
 def _laplacian_solve(weight: Tensor, right: Tensor) -> Tensor:
-    """u [X, N] of mean 0 with Σ_j weight_ij (u_i - u_j) = right_i.
-
-    Raises:
-        ValueError: the responses fall into groups that are never compared with each other.
-    """
+    """u [X, N] of mean 0 with Σ_j weight_ij (u_i - u_j) = right_i; not finite where the weights vanish."""
     # A constant may be added to u; adding the same number to each entry makes the mean 0 the one solution.
     scale = weight.sum((1, 2), keepdim=True) / weight.shape[-1] ** 2
     matrix = torch.diag_embed(weight.sum(2)) - weight + scale
-    found, failed = torch.linalg.solve_ex(matrix, right)
-    residual = (matrix @ found[..., None])[..., 0] - right
-    if bool(failed.any()) or not bool((residual.abs() <= 1e-9 * right.abs().amax(1, keepdim=True)).all()):
+    return torch.linalg.solve_ex(matrix, right)[0]
+
+
+def _check_connected(data: Tensor) -> None:
+    """Refuses data that compare some responses with none of the others, not even through third ones."""
+    reached = ((data + data.transpose(1, 2)) > 0).double() + torch.eye(data.shape[-1])
+    for _ in range(data.shape[-1].bit_length()):
+        reached = (reached @ reached > 0).double()
+    if not bool(reached.all()):
         raise ValueError("data must compare every response with every other, directly or through others")
-    return found

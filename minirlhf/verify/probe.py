@@ -53,6 +53,10 @@ class Probe:
         """Whether the subject has the optional argument, field or behaviour."""
         return feature not in self.without
 
+    def named(self, argument: str) -> str:
+        """What the subject calls an argument; "" where it has no name."""
+        return self.binding.names.get(argument, "")
+
     def value(self, case: Case, field: str | None = None) -> Tensor:
         """The result, sign and factor removed; a further field as it comes."""
         results = self._call(own(case))
@@ -60,7 +64,7 @@ class Probe:
             if field not in results:
                 raise Lacking(field)
             return results[field].detach()
-        return self._masked(next(iter(results.values())), case).detach() / self.scale
+        return self.counted(next(iter(results.values())), case).detach() / self.scale
 
     def raw(self, case: Case) -> Tensor:
         """The result as the subject returns it, under the mask too."""
@@ -75,7 +79,7 @@ class Probe:
     def grad(self, case: Case, wrt: str, weight: Tensor | None = None) -> Tensor:
         """The gradient of the sum of the (weighted) result; 0 where it does not depend on `wrt`."""
         x = case[wrt].detach().clone().requires_grad_()
-        result = self._masked(next(iter(self._call(own({**case, wrt: x})).values())), case)
+        result = self.counted(next(iter(self._call(own({**case, wrt: x})).values())), case)
         if not result.requires_grad:
             return torch.zeros_like(x)
         total = result.sum() if weight is None else (result * weight).sum()
@@ -104,12 +108,16 @@ class Probe:
         mask = case.get(self.binding.kind.mask) if self.binding.kind.mask else None
         return self.variant.reduction.apply(per_element, mask)
 
+    def able(self, case: Case) -> bool:
+        """Whether the subject can be given this case as it is."""
+        return self.binding.unable(case) is None
+
     @property
     def scale(self) -> float:
         """What the canonical result is multiplied with to give the subject's."""
         return self.variant.sign * self.variant.factor
 
-    def _masked(self, result: Tensor, case: Case) -> Tensor:
+    def counted(self, result: Tensor, case: Case) -> Tensor:
         """One number per token counts only where the mask says so, whatever the subject leaves elsewhere."""
         name = self.binding.kind.mask
         if name is None or name not in case or result.shape != case[name].shape:

@@ -65,6 +65,7 @@ def of_shape(shape: tuple[str, ...], *, masked: bool) -> tuple[Reduction, ...]:
         Reduction("mean over sequences of token sums", (), lambda x, m: _rows(x, m).mean()),
         Reduction("token sum", (), lambda x, m: x.sum()),
         Reduction("sum over batch size × padded length", (), lambda x, m: x.mean(), _PADDED),
+        Reduction("token sum over the padded length", (), lambda x, m: x.sum() / x.shape[-1], _PADDED),
         Reduction("token sum per sequence", shape[:1], _rows),
         Reduction("token mean per sequence", shape[:1], lambda x, m: _rows(x, m) / _count(m)),
     )

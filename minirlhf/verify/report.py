@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minirlhf.verify.fit import FP32, Variant
-from minirlhf.verify.kinds import Claim, Law
+from minirlhf.verify.kinds import Claim, Dialect, Law
 from minirlhf.verify.probe import Probe
 from minirlhf.verify.script import counter_example
 from minirlhf.verify.subject import Binding
@@ -82,6 +82,9 @@ class Report:
             found["factor"] = kind.factors[variant.factor]
         for convention in kind.conventions:
             found[convention.name] = convention.values[variant.options[convention.name]]
+        for way in (self.binding.dialect, self.binding.layout):
+            if way is not None:
+                found[way.argument if isinstance(way, Dialect) else "layout"] = way.note
         for name, value in variant.built_in.items():
             found[name] = f"{value:g}, built in"
         if variant.tolerance >= FP32:

@@ -58,8 +58,12 @@ def _picked(probe: Probe, claim: Claim) -> list[str]:
     elif not isinstance(probe.binding.call(claim.case), Tensor):
         place = probe.binding.kind.fields.index(claim.field) if claim.field else 0
         lines.append(f"got = got[{place}]")
+    if probe.binding.derived:
+        lines.append(f"got = got.reshape({list(probe.raw(claim.case).shape)})")
+    if probe.binding.layout is not None:
+        lines.append(probe.binding.layout.code)
     mask = probe.binding.kind.mask
-    if mask is not None and mask in claim.case and probe.per_element and claim.field is None:
+    if mask is not None and mask in claim.case and probe.per_element and not (claim.field or claim.raw):
         lines.append(f"got = got.where({literal(claim.case[mask])}, 0.0)")
     if claim.wrt is not None:
         lines.append("(got,) = torch.autograd.grad(got.sum(), x)")

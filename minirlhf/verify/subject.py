@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.cases import generic
-from minirlhf.verify.kinds import Argument, Case, Kind, Mask, Numbers
+from minirlhf.verify.kinds import Argument, Case, Dialect, Kind, Layout, Mask, Numbers
 
 
 class SubjectError(Exception):
@@ -33,7 +33,8 @@ class Binding:
     built_in: canonical number → the value that the subject has built in.
     absent: arguments that the subject lacks.
     pick: from what the function returns to the result, or the tuple of results.
-    asked: optional arguments that it takes and has no default for: they get their neutral value.
+    asked: optional arguments that it takes and whose default is not None: they get their neutral value.
+    dialect, layout: how it takes one argument and returns its result, where that is not the canonical way.
     label: the name in reports; place: what to import it from, "" where it cannot be imported.
     """
 
@@ -50,10 +51,12 @@ class Binding:
     derived: Mapping[str, Callable[[Case], Any]] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
     notes: tuple[str, ...] = field(default=())
+    dialect: Dialect | None = None
+    layout: Layout | None = None
 
     def restricted(self, case: Case) -> Case:
         """The case as far as this subject can express it."""
-        kept = dict(case)
+        kept = self.dialect.project(dict(case)) if self.dialect else dict(case)
         for argument in self.kind.arguments:
             name = argument.name
             if name in self.built_in:
@@ -75,6 +78,8 @@ class Binding:
             warnings.simplefilter("ignore")  # theirs, about themselves
             result = self.fn(*positional, **named)
         result = self.pick(result) if self.pick else result
+        if self.layout and isinstance(result, Tensor) and self.layout.fits(result, case):
+            result = self.layout.canonical(result)
         return self._in_shape(result, case) if self.derived else result
 
     def arguments(self, case: Case) -> tuple[list[Any], dict[str, Any]]:
@@ -82,10 +87,27 @@ class Binding:
         neutral = {n: self.kind.argument(n).neutral for n in self.asked if n not in case}
         full = case | {name: value(case) for name, value in neutral.items() if value is not None}
         given = {n: self._converted(n, v) for n, v in full.items() if n in self.positions or n in self.names}
+        if self.dialect and self.dialect.argument in given:
+            given[self.dialect.argument] = self.dialect.say(full)
         placed = sorted((self.positions[name], name) for name in given if name in self.positions)
         named = {self.names[name]: value for name, value in given.items() if name in self.names}
         computed = {parameter: value(full) for parameter, value in self.derived.items()}
         return [given[name] for _, name in placed], {**named, **computed, **self.constants}
+
+    def unable(self, case: Case) -> str | None:
+        """The first argument of the case that the subject cannot be given as it is, or a feature that it has
+        built in and the case does without; None where it can be given all."""
+        can = self.restricted(case)
+        forced = [name for name in self.built_in if name in can and name not in case]
+        if forced:
+            return forced[0]
+        for name, value in case.items():
+            same = name in can and (
+                can[name] is value or torch.equal(torch.as_tensor(can[name]), torch.as_tensor(value))
+            )
+            if not same:
+                return name
+        return None
 
     def _in_shape(self, result: Any, case: Case) -> Any:
         """A flattened result in the shape of the kind: a subject that takes [P * G] returns [P * G]."""
@@ -159,7 +181,7 @@ def bind(
         derived=dict(derived or {}),
         asked=frozenset(
             n
-            for n in (*positions, *(n for n, p in names.items() if _without_default(parameters, p)))
+            for n in (*positions, *(n for n, p in names.items() if not _none_by_default(parameters, p)))
             if kind.argument(n).optional
         ),
     )
@@ -217,7 +239,10 @@ def _matched(
         if argument.name in settled or argument.name in names:
             continue
         taken = {theirs for name, theirs in names.items() if not _may_share(kind, name, argument)}
-        match = next((p for p in free if _same(p, argument.synonyms) and p not in taken), None)
+        # What must be given comes first, then the better name: (cliprange, cliprange_low=None) is cliprange.
+        likely = [p for s in argument.synonyms for p in free if _same(p, [s]) and p not in taken]
+        needed = [p for p in likely if parameters[p].default is inspect.Parameter.empty]
+        match = next(iter([*needed, *likely]), None)
         if match is not None:
             names[argument.name] = match
     _by_position(kind, parameters, free, settled, names)
@@ -252,9 +277,11 @@ def _by_position(
         for a in kind.arguments
         if isinstance(a.domain, Numbers) and not a.optional and a.name not in names and a.name not in settled
     ]
-    wanted = missing if len(missing) == len(unknown) else [*missing, *numbers]
-    if wanted and len(wanted) == len(unknown):
-        names.update(zip(wanted, unknown, strict=True))
+    maskable = [a.name for a in kind.arguments if a.name in missing or (a.neutral and not a.optional)]
+    tensors = [name for name in maskable if name not in names and name not in settled]
+    orders = (missing, [*missing, *numbers], tensors, [*tensors, *numbers])
+    wanted = next((order for order in orders if order and len(order) == len(unknown)), [])
+    names.update(zip(wanted, unknown, strict=False))
 
 
 def _check_complete(
@@ -274,8 +301,8 @@ def _check_complete(
         )
 
 
-def _without_default(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
-    return name in parameters and parameters[name].default is inspect.Parameter.empty
+def _none_by_default(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    return name not in parameters or parameters[name].default is None
 
 
 class _Noting(dict[str, Any]):

@@ -17,8 +17,20 @@ def load(target: str) -> Callable[..., Any]:
     """The function that a target names.
 
     Raises:
+        SubjectError: as `named`, or it is no function.
+    """
+    found = named(target)
+    if not callable(found):
+        raise SubjectError(f"{target} is a {type(found).__name__}, expected a function")
+    return found
+
+
+def named(target: str) -> Any:
+    """Whatever a target names.
+
+    Raises:
         SubjectError: the target is malformed, the file or module is missing or fails to import, or there is
-            no such function in it; it says what, and at which line of the user's file.
+            no such name in it; it says what, and at which line of the user's file.
     """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
@@ -30,8 +42,6 @@ def load(target: str) -> Callable[..., Any]:
             near = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
             raise SubjectError(f"{place} has no {name!r}; it has {near or 'no functions'}")
         found = getattr(found, part)
-    if not callable(found):
-        raise SubjectError(f"{target} is a {type(found).__name__}, expected a function")
     return found
 
 

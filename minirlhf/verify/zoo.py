@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minirlhf.verify.cases import generic
 from minirlhf.verify.fit import agree
+from minirlhf.verify.kinds import Case, Claim
 from minirlhf.verify.probe import Probe, Raised
-from minirlhf.verify.subject import own
+from minirlhf.verify.subject import own, results_of
 
 
 class Bug(NamedTuple):
@@ -57,19 +58,28 @@ class Nearest(NamedTuple):
     share: float
 
 
-def nearest_bug(probe: Probe, bugs: Sequence[Bug]) -> Nearest | None:
+def nearest_bug(probe: Probe, bugs: Sequence[Bug], claims: Sequence[Claim] = ()) -> Nearest | None:
     """The bug whose results agree with the subject's most often; None where none explains it better than
-    the right formula does, or on less than half of the probes."""
-    cases = [probe.binding.restricted(case) for case in generic(probe.binding.kind)]
-    theirs = [_seen(probe.value, probe.grad, case, probe) for case in cases]
-    best, best_share = (
-        None,
-        _share(theirs, [_seen(probe.expected, probe.expected_grad, c, probe) for c in cases]),
-    )
+    the right formula does, or on less than half of the probes.
+
+    claims: that the subject broke; their cases are probes too, since some bugs show on no ordinary input.
+    """
+    kind = probe.binding.kind
+    cases = [probe.binding.restricted(case) for case in (*generic(kind), *kind.extra_cases())]
+    cases += [claim.case for claim in claims]
+    wrt = tuple(dict.fromkeys([*kind.differentiable, *(claim.wrt for claim in claims if claim.wrt)]))
+    raw = kind.mask is not None and any(claim.raw for claim in claims)
+    theirs = [_seen(probe.value, probe.grad, c, wrt) + _beside(probe.binding.call, c, probe, raw) for c in cases]
+    right = [_seen(probe.expected, probe.expected_grad, case, wrt) for case in cases]
+    if bugs:
+        right = [
+            seen + _beside(_with(bugs[0].specimen), c, probe, raw) for seen, c in zip(right, cases, strict=True)
+        ]
+    best, best_share = None, _share(theirs, right)
     for bug in bugs:
         wrong = _planted(bug)
-        ours = [_bug_results(wrong, probe, case) for case in cases]
-        share = _share(theirs, ours)
+        ours = [_bug_results(wrong, probe, c, wrt) + _beside(_with(wrong), c, probe, raw) for c in cases]
+        share = max(_share(theirs, _times(ours, 1 / scale)) for scale in _scales(probe))
         if share > best_share:
             best, best_share = bug, share
     return Nearest(best, best_share) if best is not None and best_share >= 0.5 else None
@@ -83,10 +93,10 @@ def _planted(bug: Bug) -> Callable[..., Any]:
 Results = list[Tensor | None]
 
 
-def _seen(value: Callable, grad: Callable, case: dict[str, Any], probe: Probe) -> Results:
+def _seen(value: Callable, grad: Callable, case: dict[str, Any], wrt: Sequence[str]) -> Results:
     """The value on a case and its gradients; None for what raised."""
     results: Results = []
-    for ask in [lambda: value(case), *(lambda n=n: grad(case, n) for n in _wrt(probe, case))]:
+    for ask in [lambda: value(case), *(lambda n=n: grad(case, n) for n in wrt if n in case)]:
         try:
             results.append(ask())
         except Raised:
@@ -94,20 +104,37 @@ def _seen(value: Callable, grad: Callable, case: dict[str, Any], probe: Probe) -
     return results
 
 
-def _wrt(probe: Probe, case: dict[str, Any]) -> list[str]:
-    return [name for name in probe.binding.kind.differentiable if name in case]
+def _with(fn: Callable[..., Any]) -> Callable[[Case], Any]:
+    return lambda case: fn(**own(case))
 
 
-def _bug_results(wrong: Callable[..., Any], probe: Probe, case: dict[str, Any]) -> Results:
+def _beside(call: Callable[[Case], Any], case: Case, probe: Probe, raw: bool) -> Results:
+    """Further fields that the subject has, and (raw) what lies under the mask."""
+    kind = probe.binding.kind
+    fields = [name for name in kind.fields[1:] if probe.has(name)]
+    outside = raw and not bool(case[kind.mask].all())
+    try:
+        results = results_of(call(case), kind)
+        found: Results = [probe.counted(results[name].detach(), case) for name in fields]
+        return found + [next(iter(results.values())).detach().masked_fill(case[kind.mask], 0.0)] * outside
+    except Exception:  # of a stranger's function, or a wrong one's
+        return [None] * (len(fields) + outside)
+
+
+def _bug_results(
+    wrong: Callable[..., Any], probe: Probe, case: dict[str, Any], wrt: Sequence[str]
+) -> Results:
     """The bug's value and gradients on the case, reduced as the subject reduces."""
     results: Results = []
-    for name in [None, *_wrt(probe, case)]:
+    for name in [None, *(name for name in wrt if name in case)]:
         try:
             given = own(case)
             if name is not None:
                 given[name] = case[name].detach().clone().requires_grad_()
-            result = wrong(**given)
-            result = probe.reduced(result[0] if isinstance(result, tuple) else result, case)
+            result = next(iter(results_of(wrong(**given), probe.binding.kind).values()))
+            result = probe.counted(result, case)
+            if result.ndim == len(probe.binding.kind.shape):  # else it reduces by itself
+                result = probe.reduced(result, case)
             if name is None:
                 results.append(result.detach())
             elif not result.requires_grad:
@@ -115,13 +142,28 @@ def _bug_results(wrong: Callable[..., Any], probe: Probe, case: dict[str, Any]) 
             else:
                 (g,) = torch.autograd.grad(result.sum(), given[name], allow_unused=True)
                 results.append(torch.zeros_like(given[name]) if g is None else g)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, TypeError):  # TypeError: it lacks an optional argument
             results.append(None)
     return results
+
+
+def _scales(probe: Probe) -> list[float]:
+    """What a result may legitimately be multiplied with: a bug, too, may be one of an objective to maximise."""
+    kind = probe.binding.kind
+    return [sign * factor for sign in ((1, -1) if kind.signed else (1,)) for factor in kind.factors]
+
+
+def _times(results: list[Results], scale: float) -> list[Results]:
+    return [[None if r is None else r if r.dtype == torch.bool else r * scale for r in row] for row in results]
+
+
+def _named(x: Tensor) -> Tensor:
+    """NaN as a number, which agrees with itself."""
+    return torch.where(x.isnan(), -98765.0, x)
 
 
 def _share(theirs: list[Results], ours: list[Results]) -> float:
     """The share of results on which both agree; both raising is agreement."""
     pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a, b, strict=True)]
-    same = sum(a is b if a is None or b is None else agree(a, b, 1e-5) for a, b in pairs)
+    same = sum(a is b if a is None or b is None else agree(_named(a), _named(b), 1e-5) for a, b in pairs)
     return same / len(pairs)

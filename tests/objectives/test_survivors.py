@@ -193,7 +193,8 @@ def test_the_gradient_of_every_law_is_that_of_the_softmax_on_what_it_keeps(
 
 
 def test_advantages_and_returns_are_differentiable_in_the_discounts_and_in_the_bootstrap_value() -> None:
-    reward, values, mask = t(0.5, -1.0, 2.0, 0.3)[None], t(0.1, 0.4, -0.2, 0.7)[None], t(1, 1, 0, 1)[None] > 0
+    reward, values = t(0.5, -1.0, 2.0, 0.3, 9.0)[None], t(0.1, 0.4, -0.2, 0.7, 9.0)[None]
+    mask = torch.tensor([[True, True, False, True, False]])
     inputs_ = tuple(
         x.requires_grad_() for x in (torch.tensor(0.9).double(), torch.tensor(0.6).double(), t(0.8))
     )

@@ -146,3 +146,42 @@ def test_each_law_is_one_test_in_a_users_own_suite(tmp_path: Path) -> None:
     )
     assert sum(int(n) for n in counts.values()) == 2 * laws
     assert int(counts["skipped"]) > 0 and "nearest known bug: reference forgotten" in done.stdout
+
+
+TRAINERS = """
+from types import SimpleNamespace
+import torch
+from minirlhf.verify.world import objective, small_world
+
+def ascent(beta):
+    step = torch.func.grad(objective)
+    return SimpleNamespace(
+        begin=lambda w: w.ref_logits,
+        update=lambda logits: logits + 2 * step(logits, small_world(), beta=beta),
+        policy=lambda logits: logits,
+    )
+
+right, wrong = ascent(1.0), ascent(0.5)
+"""
+
+
+@pytest.fixture
+def trainers(tmp_path: Path) -> Path:
+    file = tmp_path / "my_trainers.py"
+    file.write_text(TRAINERS)
+    return file
+
+
+def test_a_trainer_is_certified_by_where_it_ends(trainers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(f"{trainers}:right", "--kind", "trainer-kl") == 0
+    assert "reached: regret fraction" in capsys.readouterr().out
+    assert verify(f"{trainers}:wrong", "--kind", "trainer-kl", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["outcome"] == "stalled" and found["neighbours"][0]["name"] == "half_beta"
+
+
+def test_what_is_no_trainer_is_told_what_one_has(trainers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(f"{trainers}:ascent", "--kind", "trainer-kl") == 2
+    assert verify(f"{trainers}:torch", "--kind", "trainer-kl") == 2
+    assert "lacks begin, update, policy" in capsys.readouterr().err
+    assert verify(f"{trainers}:right", "--kind", "trainer-kl", "--max-updates", "3") == 1
