@@ -1,6 +1,8 @@
 # make demo   set up .venv and run the whole pipeline on the embedded world
 # make test   set up .venv and run the whole test suite
 # make check  ruff, the formatter and the type checker
+# make mutants  try wrong variants of the mathematics: some test must refuse each (minutes on two cores).
+#               make mutants ARGS="objectives/value.py" tries one page, ARGS=--list shows them
 #
 # PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
 # VENV=...      another place for it. `make VENV= PYTHON=/env/bin/python test` makes none: it uses an existing
@@ -24,7 +26,7 @@ DEMO_READY := $(VENV)/.ready-plot
 TEST_READY := $(VENV)/.ready-test
 endif
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check mutants format install clean
 .DEFAULT_GOAL := demo
 
 # PASSIVE: threads that wait sleep. Spinning ones slow a small model many times over once a core is shared.
@@ -39,6 +41,11 @@ check: $(TEST_READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
+
+# One thread in each of its two processes, which would else wait for each other's.
+mutants: export OMP_NUM_THREADS := 1
+mutants: $(TEST_READY)
+	$(RUN) -m mutation $(ARGS)
 
 format: $(TEST_READY)
 	$(RUN) -m ruff check --fix .

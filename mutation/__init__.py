@@ -1,1 +1,1 @@
-"""The mutation gate: wrong variants of the mathematics, each of which some test must refuse (`make mutants`)."""
+"""The mutation gate: wrong variants of the mathematics, each refused by some test (`make mutants`)."""

@@ -1,8 +1,8 @@
 """The survivors that are let through: by class, each with the reason why it is equivalent or harmless.
 
-A class is a predicate on the mutant: its operator, its function and what the changed line loses. One that lets
-nothing through is stale and fails the gate as a survivor does. Before a class is added: can a test refuse the
-mutant, or can the code be written without the choice that the mutant makes otherwise?
+A class is a predicate on the mutant: its operator, its function and how its line changes. One that lets
+nothing through is stale and fails the gate as a survivor does. Before a class is added: can a test refuse
+the mutant, or can the code be written without the choice that the mutant makes otherwise?
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mutation.mutants import Mutant
 
 
 class Allowed(NamedTuple):
-    """name: what the class is; reason: why no test can, or need, refuse it; covers: which mutants are in it."""
+    """The name of a class, why no test can or need refuse its mutants, and which mutants are in it."""
 
     name: str
     reason: str
@@ -46,6 +46,13 @@ def _path_of_mps(mutant: Mutant) -> bool:
     return mutant.before.startswith(('if device.type == "mps":', "law_logp = law_logp.cpu()"))
 
 
+def _symmetric_margin(mutant: Mutant) -> bool:
+    """The middle two of the four log-probs are exchanged where they are given, or where they are taken."""
+    given = "_log_ratio_margin(chosen_logp, ref_chosen_logp, rejected_logp, ref_rejected_logp)"
+    taken = "(chosen, ref_chosen, rejected, ref_rejected) = _check_pairs("
+    return given in mutant.after or taken in mutant.after
+
+
 _dtype_of_mps = turns(
     "branch, precision, function",
     ("top_p", 'torch.float32 if x.device.type == "mps" else ', ".to(torch.float64)"),
@@ -56,7 +63,7 @@ _dtype_of_mps = turns(
 ALLOWED: tuple[Allowed, ...] = (
     Allowed(
         "placeholder of a double where",
-        "The number stands where the outer selection, or a factor 0, drops it: any that leaves no NaN will do.",
+        "The number stands where the outer selection or a factor 0 drops it: any that leaves no NaN will do.",
         turns(
             "constant, sign",
             ("_blanked", "states, 0.0)", "states, 1.0)"),
@@ -131,14 +138,18 @@ ALLOWED: tuple[Allowed, ...] = (
         turns(
             "mask",
             ("clipped_surrogate_loss", "select(advantage, mask)", "select(advantage, mask | True)"),
-            ("clipped_surrogate_loss", "log_ratio(logp, old_logp, mask)", "log_ratio(logp, old_logp, mask | True)"),
+            (
+                "clipped_surrogate_loss",
+                "log_ratio(logp, old_logp, mask)",
+                "log_ratio(logp, old_logp, mask | True)",
+            ),
             ("gspo_loss", "log_ratio(logp, old_logp, mask)", "log_ratio(logp, old_logp, mask | True)"),
         ),
     ),
     Allowed(
         "a symmetric margin",
         "In (a - b) - (c - d) the terms b and c are alike: their exchange changes the rounding only.",
-        lambda mutant: "_log_ratio_margin(chosen_logp, ref_chosen_logp, rejected_logp, " in mutant.after,
+        _symmetric_margin,
     ),
     Allowed(
         "centred twice",
@@ -151,7 +162,7 @@ ALLOWED: tuple[Allowed, ...] = (
     ),
     Allowed(
         "the shift of a softmax",
-        "A softmax does not depend on what is subtracted from all its logits, so no gradient flows through it.",
+        "A softmax does not depend on what is subtracted from all its logits: no gradient flows through it.",
         turns("detach", ("tempered", "z.amax(", "z.detach().amax(")),
     ),
     Allowed(

@@ -1,7 +1,7 @@
 """The mutation operators of this field: masks, reductions, gradients, axes, clips, logarithms.
 
-Each is a kind of bug that implementations of RLHF have had. The kinds of the operands decide where an operator
-applies, so that no sum of a mask becomes a mean and nothing without a gradient is detached.
+Each is a kind of bug that implementations of RLHF have had. The kinds of the operands decide where an
+operator applies, so that no sum of a mask becomes a mean and nothing without a gradient is detached.
 """
 
 import ast
@@ -12,7 +12,14 @@ from mutation.kinds import ANY, Kind, called_name, receiver
 from mutation.operators import Operator, is_axis, is_check
 from mutation.pages import Page
 
-EXTREMA = {"maximum": "minimum", "amax": "amin", "max": "min", "argmax": "argmin", "fmax": "fmin", "cummax": "cummin"}
+EXTREMA = {
+    "maximum": "minimum",
+    "amax": "amin",
+    "max": "min",
+    "argmax": "argmin",
+    "fmax": "fmin",
+    "cummax": "cummin",
+}
 EXTREMA |= {other: one for one, other in EXTREMA.items()}
 
 REDUCTIONS = {"sum": "mean", "mean": "sum"}
@@ -41,7 +48,19 @@ FUNCTIONS = {
     "ceil": ("floor",),
 }
 # f(x) → x: the function is forgotten.
-FORGOTTEN = {"exp", "log", "expm1", "log1p", "square", "abs", "sqrt", "softmax", "log_softmax", "sigmoid", "logsigmoid"}
+FORGOTTEN = {
+    "exp",
+    "log",
+    "expm1",
+    "log1p",
+    "square",
+    "abs",
+    "sqrt",
+    "softmax",
+    "log_softmax",
+    "sigmoid",
+    "logsigmoid",
+}
 FORGOTTEN |= {"widen", "float", "double", "flip", "cumsum", "clamp", "sort", "reshape", "expand", "to"}
 
 DTYPES = {"float32": "float64", "float64": "float32"}
@@ -84,7 +103,7 @@ def reduction(node: ast.AST, page: Page) -> Iterator[ast.AST]:
 
 
 def dropped_mask(node: ast.AST, page: Page) -> Iterator[ast.AST]:
-    """Everything counts: f(x, mask) → f(x, mask | True), select(x, mask) → x; where(c, a, b) → a, b, where(c, b, a)."""
+    """All counts: f(x, mask) → f(x, mask | True), select(x, mask) → x; where(c, a, b) → a, b and swapped."""
     if not isinstance(node, ast.Call) or is_check(node):
         return
     name = called_name(node)
@@ -133,11 +152,15 @@ def shifted_index(node: ast.AST, page: Page) -> Iterator[ast.AST]:
 
 
 def _opposite(bound: ast.expr) -> ast.expr:
-    return bound.operand if isinstance(bound, ast.UnaryOp) and isinstance(bound.op, ast.USub) else negative(bound)
+    return (
+        bound.operand
+        if isinstance(bound, ast.UnaryOp) and isinstance(bound.op, ast.USub)
+        else negative(bound)
+    )
 
 
 def function(node: ast.AST, page: Page) -> Iterator[ast.AST]:
-    """exp ↔ expm1, log ↔ log1p, logsigmoid ↔ softplus ↔ sigmoid and the like; a function forgotten: f(x) → x."""
+    """exp ↔ expm1, log ↔ log1p, logsigmoid ↔ softplus and the like; a function forgotten: f(x) → x."""
     if not isinstance(node, ast.Call):
         return
     name = called_name(node)
@@ -152,7 +175,11 @@ def function(node: ast.AST, page: Page) -> Iterator[ast.AST]:
 
 def axis(node: ast.AST, page: Page) -> Iterator[ast.AST]:
     """The last axis for the first: dim=-1 → 0."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant) and is_axis(node.operand, page):
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.operand, ast.Constant)
+        and is_axis(node.operand, page)
+    ):
         yield constant(0)
     elif isinstance(node, ast.Constant) and is_axis(node, page):
         if not isinstance(page.parents[node], ast.UnaryOp):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mutation.mutants import Mutant
 from mutation.patch import planted
 from mutation.suite import Line, Outcome, Test
-from mutation.workers import run_all
+from mutation.workers import Pulse, run_all
 
 PATIENCE = 3.0
 """Seconds of processor time that any test may take on a mutant, however fast it is on the right code."""
@@ -43,7 +43,7 @@ Tick = Callable[[int], None]
 def baseline(tests: Sequence[Test], files: frozenset[str], *, workers: int, tick: Tick) -> Baseline:
     """Runs every test once on the unchanged code, recording which lines of the files it runs."""
 
-    def record(unit: Sequence[int]) -> Iterator[Outcome]:
+    def record(unit: Sequence[int], pulse: Pulse) -> Iterator[Outcome]:
         for index in unit:
             yield tests[index].run_recorded(files, limit=300.0)
 
@@ -77,8 +77,8 @@ def verdicts(
     """
     after = len(mutants)  # the last task of every unit: what killed must pass again without a mutant
 
-    def attempt(unit: Sequence[int]) -> Iterator[tuple[str | None, int] | list[str]]:
-        history = _History(tests, green)
+    def attempt(unit: Sequence[int], pulse: Pulse) -> Iterator[tuple[str | None, int] | list[str]]:
+        history = _History(tests, green, pulse)
         for index in unit:
             if index == after:
                 yield [name for name, passed in history.killers_again() if not passed]
@@ -91,7 +91,8 @@ def verdicts(
     units = [[*unit, after] for unit in sorted(functions.values(), key=len, reverse=True)]
     for done in run_all(units, attempt, workers):
         if done.task != after:
-            yield Verdict(mutants[done.task], *((LOST, 0) if done.lost else done.result))
+            killer, tried = (LOST, 0) if done.lost else done.result
+            yield Verdict(mutants[done.task], killer, tried)
             tick(1)
         elif done.lost or done.result:
             raise RuntimeError(f"a mutant has left its traces; red without any: {done.result or LOST}")
@@ -100,8 +101,8 @@ def verdicts(
 class _History:
     """Which tests have killed mutants of one function, and so which to try first."""
 
-    def __init__(self, tests: Sequence[Test], green: Baseline) -> None:
-        self._tests, self._green = tests, green
+    def __init__(self, tests: Sequence[Test], green: Baseline, pulse: Pulse) -> None:
+        self._tests, self._green, self._pulse = tests, green, pulse
         self._runs: Counter[int] = Counter()
         self._kills: Counter[int] = Counter()
 
@@ -109,6 +110,7 @@ class _History:
         """Runs the tests on the mutant until one fails: its name, and how many were run."""
         with planted(mutant):
             for tried, index in enumerate(self._ordered(candidates(mutant, self._green)), start=1):
+                self._pulse()
                 self._runs[index] += 1
                 seconds = self._green.outcomes[index].seconds
                 if not self._tests[index].run(limit=max(PATIENCE, 10 * seconds)).passed:
@@ -119,10 +121,11 @@ class _History:
     def killers_again(self) -> Iterator[tuple[str, bool]]:
         """Runs what killed, on whatever the module is now."""
         for index in self._kills:
+            self._pulse()
             yield self._tests[index].name, self._tests[index].run(limit=300.0).passed
 
     def _ordered(self, indices: frozenset[int]) -> list[int]:
-        """By chance of a kill per second: the chance so far, before any run by how little else a test runs."""
+        """By chance of a kill per second: the chance so far, at first by how little else a test runs."""
 
         def worth(index: int) -> float:
             outcome = self._green.outcomes[index]

@@ -1,4 +1,4 @@
-"""What each expression of a page is: a tensor with a gradient, a mask, a number. By this the operators choose.
+"""What each expression of a page is: a tensor with a gradient, a mask, a number. The operators go by it.
 
 Kinds come from the annotations, from the shapes that the docstrings name (`mask: [B, T] bool`), and from
 propagation through one function at a time. A wrong guess costs a mutant that is equivalent or missing; it
@@ -30,8 +30,28 @@ Shape = Kind | tuple[Kind, ...]
 
 TO_MASK = {"isfinite", "isnan", "isinf", "any", "all", "bool", "logical_and", "logical_or", "logical_not"}
 TO_INDEX = {"argmax", "argmin", "argsort", "nonzero", "long", "int", "searchsorted", "arange", "bincount"}
-TO_FIXED = {"detach", "ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "zeros", "ones", "full"}
-TO_FIXED |= {"new_full", "new_tensor", "new_empty", "rand", "randn", "rand_like", "randn_like", "eye", "tensor"}
+TO_FIXED = {
+    "detach",
+    "ones_like",
+    "zeros_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "zeros",
+    "ones",
+    "full",
+}
+TO_FIXED |= {
+    "new_full",
+    "new_tensor",
+    "new_empty",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "eye",
+    "tensor",
+}
 TO_NUMBER = {"size", "numel", "dim", "item", "len", "int", "float", "abs", "sum", "max", "min", "range"}
 TO_FLAG = {"isinstance", "is_floating_point", "any", "all", "bool", "hasattr"}
 COUNTS = {"sum", "cumsum"}
@@ -48,8 +68,8 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 class Known(NamedTuple):
     """A function that a page can call.
 
-    returned: its kind; carrying: the parameters from which a gradient flows to it; reading: those of which more
-    than shape and type is looked at. None where that is not known.
+    returned: its kind; carrying: the parameters from which a gradient flows to it; reading: those of which
+    more than shape and type is looked at. None where that is not known.
     """
 
     returned: Shape
@@ -63,7 +83,7 @@ class Known(NamedTuple):
             if names is None or i >= len(self.parameters) or self.parameters[i] in names:
                 yield argument
         for keyword in call.keywords:
-            if names is None or keyword.arg in names:
+            if names is None or keyword.arg not in self.parameters or keyword.arg in names:
                 yield keyword.value
 
 
@@ -90,7 +110,9 @@ def receiver(call: ast.Call) -> ast.expr | None:
     return None if isinstance(base, ast.Name) and base.id in ("torch", "F", "math") else base
 
 
-def annotated(annotation: ast.expr | None, name: str = "", doc: str = "", before: Shape = Kind.OTHER) -> Shape:
+def annotated(
+    annotation: ast.expr | None, name: str = "", doc: str = "", before: Shape = Kind.OTHER
+) -> Shape:
     """The kind that an annotation names; for a tensor, refined by its line in the docstring.
 
     before: the kind of the parameter before it, which is what a line with "likewise" means.
@@ -113,7 +135,11 @@ def _tensor(name: str, doc: str, before: Shape) -> Kind:
     said = line[1] if line else ""
     if name in MASK_NAMES or re.search(r"\bbool\b", said):
         return Kind.MASK
-    if name in INDEX_NAMES or name.endswith(("_length", "_lengths", "_index")) or re.search(r"\bids\b|\bint64\b|any number type|\blengths?\b", said):
+    if (
+        name in INDEX_NAMES
+        or name.endswith(("_length", "_lengths", "_index"))
+        or re.search(r"\bids\b|\bint64\b|any number type|\blengths?\b", said)
+    ):
         return Kind.INDEX
     return Kind.INDEX if "likewise" in said and before == Kind.INDEX else Kind.FLOAT
 
@@ -121,7 +147,9 @@ def _tensor(name: str, doc: str, before: Shape) -> Kind:
 class Inference:
     """The kinds of all expressions in one function, and which of them carry a gradient to what it returns."""
 
-    def __init__(self, function: FunctionNode, globals_: Mapping[str, Shape], known: Mapping[str, Known]) -> None:
+    def __init__(
+        self, function: FunctionNode, globals_: Mapping[str, Shape], known: Mapping[str, Known]
+    ) -> None:
         self.kinds: dict[ast.expr, Shape] = {}
         self.carries: set[ast.expr] = set()
         self.returned: Shape = Kind.OTHER
@@ -185,7 +213,9 @@ class Inference:
         return shape if isinstance(shape, Kind) else max(shape, default=Kind.OTHER)
 
     def _shape(self, node: ast.expr) -> Shape:
-        inner = {child: self._infer(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)}
+        inner = {
+            child: self._infer(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)
+        }
         match node:
             case ast.Constant(value=bool()):
                 return Kind.FLAG
@@ -249,7 +279,7 @@ class Inference:
         return operand if name in {"gather", "index_select", "topk"} else max([operand, *given])
 
     def _gradients(self, function: FunctionNode) -> set[str]:
-        """Marks what a gradient flows through, from what is returned backwards; returns the names among it."""
+        """Marks what a gradient flows through, from what is returned backwards; returns the names in it."""
         names: set[str] = set()
         while True:
             before = len(names)
@@ -287,7 +317,6 @@ class Inference:
                 if isinstance(child, ast.expr):
                     self._carry(child, names)
 
-
     def _carrying_parts(self, call: ast.Call) -> Iterator[ast.expr]:
         """The parts of a call from which a gradient flows to its result."""
         yield call.func
@@ -297,7 +326,9 @@ class Inference:
 
     def _read(self, function: FunctionNode) -> Iterator[str]:
         """The names of which a function looks at the value."""
-        shapes = {id(n.value) for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr in NO_TENSOR}
+        shapes = {
+            id(n.value) for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr in NO_TENSOR
+        }
         for call in ast.walk(function):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
                 known = self._known.get(call.func.id, ANY)

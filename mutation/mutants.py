@@ -18,9 +18,10 @@ OPERATORS = {**FIELD, **GENERAL}
 class Mutant(NamedTuple):
     """One wrong variant of one module.
 
-    function: where it is, `Class.method` for methods, <module> outside; line: where the change is; lines: first
-    and last of its statement (of the head, for an `if`), of which a test must run one to see it; before, after:
-    the changed line, on one line; code: the compiled outermost statement, to be put into the living module.
+    function: where it is, `Class.method` for methods, <module> outside; line: where the change is; lines:
+    first and last of its statement (of the head, for an `if`), of which a test must run one to see it;
+    before, after: the changed line, on one line; code: the compiled outermost statement, to be put into the
+    living module.
     """
 
     module: str
@@ -58,7 +59,7 @@ def page_mutants(page: Page) -> Iterator[Mutant]:
 
 
 def _mutable(page: Page) -> Iterator[ast.AST]:
-    """The nodes that operators see: no docstring, annotation, error message, decorator, class field or device."""
+    """The nodes that operators see: no docstring, annotation, error message, decorator, field or device."""
     pending: list[ast.AST] = [page.tree]
     while pending:
         node = pending.pop()
@@ -84,7 +85,11 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 def _untouched(node: ast.AST) -> bool:
     text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     device = isinstance(node, ast.keyword) and node.arg == "device"
-    return text or device or isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert)
+    return (
+        text
+        or device
+        or isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert)
+    )
 
 
 def _compiled(outer: ast.stmt, page: Page) -> types.CodeType:
@@ -92,7 +97,7 @@ def _compiled(outer: ast.stmt, page: Page) -> types.CodeType:
 
 
 def _compiled_with(node: ast.AST, replacement: ast.AST, outer: ast.stmt, page: Page) -> types.CodeType:
-    """The outermost statement with one node replaced: the nodes on the way to it are copied, none is written to."""
+    """The outermost statement with one node replaced: the nodes on the way are copied, none is changed."""
     for missing in ast.walk(replacement):
         if isinstance(missing, ast.expr | ast.stmt) and not hasattr(missing, "lineno"):
             ast.copy_location(missing, node)

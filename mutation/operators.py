@@ -44,7 +44,16 @@ COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
 CLAMPS = {"clamp", "clip"}
 EVEN = {"square", "abs", "token_variance", "var", "std"}
 ODD = {"kl_k1", "log_ratio"}  # f(a, b) = -f(b, a)
-SYMMETRIC = {"maximum", "minimum", "logaddexp", "max", "min", "logical_and", "logical_or", "broadcast_tensors"}
+SYMMETRIC = {
+    "maximum",
+    "minimum",
+    "logaddexp",
+    "max",
+    "min",
+    "logical_and",
+    "logical_or",
+    "broadcast_tensors",
+}
 
 
 def arithmetic(node: ast.AST, page: Page) -> Iterator[ast.AST]:
@@ -69,7 +78,7 @@ def dropped_operand(node: ast.AST, page: Page) -> Iterator[ast.AST]:
 
 
 def swapped_operands(node: ast.AST, page: Page) -> Iterator[ast.AST]:
-    """a - b → b - a, a / b → b / a; f(a, b) → f(b, a) and (a, b) → (b, a) of like kinds; f(x=a, y=b) → f(x=b, y=a)."""
+    """a - b → b - a, a / b → b / a; of like kinds f(a, b) → f(b, a), (a, b) → (b, a), f(x=a, y=b)."""
     if isinstance(node, ast.BinOp) and page.kind(node) in NUMERIC:
         if isinstance(node.op, ast.Sub) and sign_is_lost(node, page):
             return
@@ -194,14 +203,22 @@ def _known_before(statement: ast.Assign, page: Page) -> set[str]:
 
 
 def sign_is_lost(node: ast.expr, page: Page) -> bool:
-    """Whether an expression only enters even functions: (a - b).square(), variance(a - b), d = a - b; d.abs()."""
+    """Whether an expression only enters even functions: (a - b).square(), var(a - b), d = a - b; d.abs()."""
     around = page.parents[node]
     if isinstance(around, ast.Attribute):
         return around.attr in EVEN
-    if isinstance(around, ast.Assign) and len(around.targets) == 1 and isinstance(around.targets[0], ast.Name):
+    if (
+        isinstance(around, ast.Assign)
+        and len(around.targets) == 1
+        and isinstance(around.targets[0], ast.Name)
+    ):
         name = around.targets[0].id
         function = next((n for n in page.above(node) if isinstance(n, FunctionNode)), page.tree)
-        uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name and n not in around.targets]
+        uses = [
+            n
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and n.id == name and n not in around.targets
+        ]
         return bool(uses) and all(isinstance(n.ctx, ast.Load) and sign_is_lost(n, page) for n in uses)
     if isinstance(around, ast.Call) and around.args[:1] == [node]:
         through = called_name(around) == "select" and sign_is_lost(around, page)

@@ -95,7 +95,9 @@ def _inferences(tree: ast.Module) -> tuple[dict[str, Inference], dict[str, Known
             found[name] = Inference(function, constants, known)
             tensors = "Tensor" in ast.unparse(function.returns or ast.Constant(0))
             signature = found[name].signature
-            known[name] = signature if tensors else signature._replace(returned=annotated(function.returns))
+            found_out = tensors and signature.returned != Kind.OTHER
+            said = annotated(function.returns)
+            known[name] = signature if found_out else signature._replace(returned=said)
     return found, known
 
 

@@ -1,6 +1,6 @@
 """Puts a mutant into the living module, and takes it out again.
 
-Not the names are replaced but what the functions run, so that whoever imported a function runs the mutant too.
+Not the names are replaced but what the functions run: whoever has imported a function runs the mutant too.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from mutation.gate import LOST, Verdict
 
 
 class Result(NamedTuple):
-    """The verdicts sorted: what was killed, what survived by which class, what survived without one, stale classes."""
+    """The verdicts sorted: all, what survived by which class, what survived without one, stale classes."""
 
     verdicts: list[Verdict]
     allowed: list[tuple[Verdict, Allowed]]
@@ -46,11 +46,15 @@ def show(result: Result, console: Console) -> None:
     for verdict in sorted(result.survivors, key=lambda v: (v.mutant.module, v.mutant.line)):
         mutant = verdict.mutant
         seen = f"{verdict.tried} tests pass" if verdict.tried else "no test runs this line"
-        head = f"[red]survived[/red] {escape(mutant.place)} {escape(mutant.function)} [{mutant.operator}], {seen}"
-        console.print(head.replace(f"[{mutant.operator}]", escape(f"[{mutant.operator}]")), highlight=False)
-        console.print(f"  - {mutant.before}\n  + {mutant.after}", markup=False, highlight=False, soft_wrap=True)
+        place = f"{mutant.place} {mutant.function} [{mutant.operator}], {seen}"
+        console.print(f"[red]survived[/red] {escape(place)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  - {mutant.before}\n  + {mutant.after}", markup=False, highlight=False, soft_wrap=True
+        )
     for each in result.stale:
-        console.print(f"[red]stale[/red] the class {each.name!r} lets nothing through: delete it", highlight=False)
+        console.print(
+            f"[red]stale[/red] the class {each.name!r} lets nothing through: delete it", highlight=False
+        )
 
 
 def _table(result: Result) -> Table:

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from mutation.allowed import ALLOWED, Allowed
@@ -29,7 +37,14 @@ from mutation.suite import Test, with_tests
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives", "minirlhf/kernels")
 PAGES = ("minirlhf/rollout/draw.py",)
-TESTS = ("tests/objectives", "tests/kernels", "tests/rollout/test_draw.py", "tests/rollout/test_draw_edges.py", *ROOMS, *PAGES)
+TESTS = (
+    "tests/objectives",
+    "tests/kernels",
+    "tests/rollout/test_draw.py",
+    "tests/rollout/test_draw_edges.py",
+    *ROOMS,
+    *PAGES,
+)
 EXAMPLES = 20
 WORKERS = 2
 
@@ -49,11 +64,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("part", nargs="*", help="parts of paths; without any, every module is mutated")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="Hypothesis examples a test (default: %(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=EXAMPLES, help="Hypothesis examples a test (default: %(default)s)"
+    )
     chosen = parser.parse_args(arguments)
     names = modules(chosen.part)
     if not names:
-        parser.error(f"no module's path has a part {' or '.join(chosen.part)}; there are {', '.join(modules())}")
+        parser.error(
+            f"no module's path has a part {' or '.join(chosen.part)}; there are {', '.join(modules())}"
+        )
     console = Console(file=sys.stdout)
     mutants = [mutant for name in names for mutant in mutants_of(name)]
     if chosen.list:

@@ -1,8 +1,8 @@
 """The tests as they are run against mutants: inside this process, one at a time, as fast as they go.
 
-pytest collects them and its own protocol runs each, so fixtures, parameters and doctests are what they are in
-`make test`. What differs: Hypothesis draws fewer examples, shrinks nothing and keeps nothing; a failure is not
-explained; no fixture outlives its test.
+pytest collects them and its own protocol runs each, so fixtures, parameters and doctests are what they are
+in `make test`. What differs: Hypothesis draws fewer examples, shrinks nothing and keeps nothing; a failure is
+not explained; no fixture outlives its test.
 """
 
 import contextlib
@@ -22,7 +22,17 @@ from _pytest.runner import runtestprotocol
 from hypothesis import Phase, Verbosity, settings
 
 PROFILE = "mutation"
-QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:logging", "-p", "no:randomly", "--assert=plain", "--capture=no"]
+QUIET = [
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:logging",
+    "-p",
+    "no:randomly",
+    "--assert=plain",
+    "--capture=no",
+]
 Line = tuple[str, int]
 
 
@@ -56,7 +66,11 @@ class Test:
         if self._globals is not None:  # a doctest empties its namespace when it is done
             self._item.dtest.globs.update(self._globals)  # pyright: ignore[reportAttributeAccessIssue]
         start = time.perf_counter()
-        with _time_limit(limit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            _time_limit(limit),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             reports = runtestprotocol(self._item, log=False, nextitem=None)
         failed = [report for report in reports if report.failed]
         message = str(failed[0].longrepr) if failed else ""
@@ -86,7 +100,7 @@ class Test:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimedOut in the block after that much processor time, and again each second for whoever caught it."""
+    """Raises TimedOut in the block after that much processor time, and each second for whoever caught it."""
 
     def ring(signum: int, frame: FrameType | None) -> None:
         raise TimedOut(f"still running after {seconds:.1f} s")

@@ -1,7 +1,7 @@
 """Forked workers: each takes one unit of work after the other and reports as it goes.
 
-A worker that dies or falls silent (an endless loop inside torch, a crash) is ended and replaced, and what it was
-doing is reported as lost; the rest of its unit is done by the next one.
+A worker that dies or falls silent (an endless loop inside torch, a crash) is ended and replaced, and what it
+was doing is reported as lost; the rest of its unit is done by the next one.
 """
 
 import multiprocessing
@@ -15,16 +15,20 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 SILENCE = 120.0
-"""Seconds without a word after which a worker is taken for lost; every test has a shorter limit of its own."""
+"""Seconds without a word after which a worker is taken for lost."""
 
 MEMORY = 4 * 2**30
 """Bytes that a worker may map beyond what it began with."""
 
-Work = Callable[[Any], Iterator[Any]]
+Pulse = Callable[[], None]
+"""Called by work that goes on without a result, to say that it lives."""
+
+Work = Callable[[Sequence[int], Pulse], Iterator[Any]]
+"""(unit, pulse) -> one result for each task of the unit, in order. Runs in the child: changes stay there."""
 
 
 class Done(NamedTuple):
-    """What a worker says: the result of one task, or that the process doing it was lost."""
+    """The result of one task, or that the process doing it was lost."""
 
     task: int
     result: Any
@@ -32,16 +36,16 @@ class Done(NamedTuple):
 
 
 class _Worker(NamedTuple):
+    """unit: its tasks that are not done, in order; heard: when it last said something."""
+
     process: BaseProcess
-    pipe: Connection
-    unit: list[int]  # the tasks of the unit that are not done, in order
+    pipe: Any  # a Connection, whose class depends on the platform
+    unit: list[int]
     heard: float
 
 
-def run_all(units: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Iterator[Any]], count: int) -> Iterator[Done]:
+def run_all(units: Sequence[Sequence[int]], work: Work, count: int) -> Iterator[Done]:
     """Runs `work` on every unit in `count` forked processes; yields one Done for each task, as they finish.
-
-    work: unit -> one result for each of its tasks, in order. It runs in the child: what it changes stays there.
 
     Raises:
         RuntimeError: `work` raised; a process that died or hung is no error, but a lost task.
@@ -55,40 +59,43 @@ def run_all(units: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Iter
             ready = wait([worker.pipe for worker in running], timeout=1.0)
             for worker in list(running):
                 running.remove(worker)
+                said = _said(worker) if worker.pipe in ready else _ALIVE
+                if said[0] == "result":
+                    yield Done(worker.unit.pop(0), said[1])
                 if worker.pipe in ready:
-                    result, alive = _heard(worker)
-                else:
-                    result, alive = None, time.monotonic() - worker.heard < SILENCE
-                if result is not None:
-                    yield Done(worker.unit.pop(0), result[0])
                     worker = worker._replace(heard=time.monotonic())
-                if alive and worker.unit:
+                if said[0] == "gone" or time.monotonic() - worker.heard > SILENCE:
+                    _end(worker)
+                    if worker.unit:  # it was lost over the first of them
+                        yield Done(worker.unit.pop(0), None, lost=True)
+                        waiting.insert(0, worker.unit)
+                        waiting = [unit for unit in waiting if unit]
+                elif worker.unit:
                     running.append(worker)
-                    continue
-                if not worker.unit and waiting and alive:
+                elif waiting:
                     worker.pipe.send(waiting[0])
-                    running.append(worker._replace(unit=waiting.pop(0), heard=time.monotonic()))
-                    continue
-                _end(worker)
-                if worker.unit:  # it was lost over the first of them
-                    yield Done(worker.unit.pop(0), None, lost=True)
-                    waiting = [worker.unit, *waiting] if worker.unit else waiting
+                    running.append(worker._replace(unit=waiting.pop(0)))
+                else:
+                    _end(worker)
     finally:
         for worker in running:
             _end(worker)
 
 
-def _start(unit: list[int], work: Callable[[Sequence[int]], Iterator[Any]]) -> _Worker:
+_ALIVE = ("alive", None)
+
+
+def _start(unit: list[int], work: Work) -> _Worker:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, ours, work), daemon=True)
     process.start()
     theirs.close()
     ours.send(unit)
-    return _Worker(process, ours, list(unit), time.monotonic())
+    return _Worker(process, ours, unit, time.monotonic())
 
 
-def _serve(pipe: Connection, parents: Connection, work: Callable[[Sequence[int]], Iterator[Any]]) -> None:
+def _serve(pipe: Connection, parents: Connection, work: Work) -> None:
     parents.close()
     _limit_memory()
     while True:
@@ -97,22 +104,22 @@ def _serve(pipe: Connection, parents: Connection, work: Callable[[Sequence[int]]
         except EOFError:
             return
         try:
-            for result in work(unit):
-                pipe.send((result, ""))
+            for result in work(unit, lambda: pipe.send(_ALIVE)):
+                pipe.send(("result", result))
         except BaseException:  # ours, not a mutant's: it must not pass for a lost process
-            pipe.send((None, traceback.format_exc()))
+            pipe.send(("error", traceback.format_exc()))
             return
 
 
-def _heard(worker: _Worker) -> tuple[tuple[Any] | None, bool]:
-    """What the worker sent, if anything, and whether it lives."""
+def _said(worker: _Worker) -> tuple[str, Any]:
+    """What the worker sent; ("gone", None) where it ended without a word."""
     try:
-        result, error = worker.pipe.recv()
+        said = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
-        return None, False
-    if error:
-        raise RuntimeError(f"a worker failed:\n{error}")
-    return (result,), True
+        return "gone", None
+    if said[0] == "error":
+        raise RuntimeError(f"a worker failed:\n{said[1]}")
+    return said
 
 
 def _end(worker: _Worker) -> None:

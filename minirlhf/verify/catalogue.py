@@ -1,29 +1,59 @@
 """Every kind and every known bug, in the order in which they are listed."""
 
 from minirlhf.verify.bugs import advantages as advantages_bugs
+from minirlhf.verify.bugs import aggregation as aggregation_bugs
+from minirlhf.verify.bugs import best_of_n as best_of_n_bugs
+from minirlhf.verify.bugs import divergence as divergence_bugs
+from minirlhf.verify.bugs import entropy as entropy_bugs
 from minirlhf.verify.bugs import groups as groups_bugs
 from minirlhf.verify.bugs import identity_preference as identity_preference_bugs
+from minirlhf.verify.bugs import importance as importance_bugs
+from minirlhf.verify.bugs import kl_usage as kl_usage_bugs
+from minirlhf.verify.bugs import log_probs as log_probs_bugs
 from minirlhf.verify.bugs import noisy_labels as noisy_labels_bugs
 from minirlhf.verify.bugs import normalisation as normalisation_bugs
+from minirlhf.verify.bugs import policy as policy_bugs
+from minirlhf.verify.bugs import policy_variants as policy_variants_bugs
 from minirlhf.verify.bugs import preference as preference_bugs
 from minirlhf.verify.bugs import ranking as ranking_bugs
 from minirlhf.verify.bugs import reference_free as reference_free_bugs
+from minirlhf.verify.bugs import sampling as sampling_bugs
 from minirlhf.verify.bugs import shaped_reward as shaped_reward_bugs
 from minirlhf.verify.bugs import unpaired as unpaired_bugs
+from minirlhf.verify.bugs import value as value_bugs
 from minirlhf.verify.families import (
     adaptive_kl,
     advantages,
+    aggregation,
+    best_of_n,
+    best_of_n_worth,
     bradley_terry,
+    cispo,
+    divergence,
+    entropy,
+    exact_kl,
+    group_normalised,
     groups,
+    gspo,
     identity_preference,
+    importance,
+    kl_reward,
+    kl_usage,
+    log_probs,
     noisy_labels,
     normalisation,
     orpo,
+    policy,
     preference,
     ranking,
+    reference_point,
+    returns,
+    sampled_entropy,
+    sampling,
     shaped_reward,
     simpo,
     unpaired,
+    value,
 )
 from minirlhf.verify.kinds import Kind, Law
 from minirlhf.verify.laws import DESCENDING
@@ -37,13 +67,32 @@ _FAMILIES = [
     simpo,
     orpo,
     unpaired,
+    reference_point,
     bradley_terry,
     ranking,
     advantages,
+    returns,
     normalisation,
     groups,
+    group_normalised,
     shaped_reward,
     adaptive_kl,
+    log_probs,
+    aggregation,
+    policy,
+    gspo,
+    cispo,
+    importance,
+    value,
+    divergence,
+    exact_kl,
+    kl_usage,
+    kl_reward,
+    entropy,
+    sampled_entropy,
+    sampling,
+    best_of_n,
+    best_of_n_worth,
 ]
 _ZOO = [
     preference_bugs,
@@ -56,6 +105,17 @@ _ZOO = [
     normalisation_bugs,
     groups_bugs,
     shaped_reward_bugs,
+    log_probs_bugs,
+    aggregation_bugs,
+    policy_bugs,
+    policy_variants_bugs,
+    importance_bugs,
+    value_bugs,
+    divergence_bugs,
+    kl_usage_bugs,
+    entropy_bugs,
+    sampling_bugs,
+    best_of_n_bugs,
 ]
 KINDS: dict[str, Kind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}
 BUGS: tuple[Bug, ...] = tuple(bug for page in _ZOO for bug in page.BUGS)

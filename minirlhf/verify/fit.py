@@ -60,7 +60,9 @@ def fit(binding: Binding) -> tuple[Binding, Variant]:
     for dialect in binding.kind.dialects:
         found = None if dialect in saying_more else _in_dialect(binding, dialect)
         # A tensor with an axis less fits the others only where it is meant to: where both run, it is meant.
-        fewer = dialect.say(generic(binding.kind)[0]).ndim < len(binding.kind.argument(dialect.argument).shape)
+        fewer = dialect.say(generic(binding.kind)[0]).ndim < len(
+            binding.kind.argument(dialect.argument).shape
+        )
         usual = plain is not None and (found is None or plain[1].matched > found[1].matched)
         if found and not usual and (fewer or plain is None or not _runs(plain[0])):
             return found
@@ -130,11 +132,11 @@ def agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
     """
     if got.shape != want.shape:
         return False
-    got, want = got.detach().double(), want.detach().double()
-    same = (got == want) | ((want == -math.inf) & (got < -1e4))
-    finite = want.isfinite()
-    scale = max(1.0, float(want[finite].abs().max())) if bool(finite.any()) else 1.0
-    return bool((same | ((got - want).abs() <= tolerance * scale)).all())
+    # Few numbers, compared often: lists are several times as fast as tensors.
+    ours, theirs = (x.detach().double().flatten().tolist() for x in (got, want))
+    slack = tolerance * max(1.0, max((abs(b) for b in theirs if math.isfinite(b)), default=1.0))
+    pairs = zip(ours, theirs, strict=True)
+    return all(a == b or abs(a - b) <= slack or (b == -math.inf and a < -1e4) for a, b in pairs)
 
 
 def _outputs(binding: Binding, cases: list[Case]) -> tuple[Binding, list[Tensor | None]]:

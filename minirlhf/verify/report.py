@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.markup import escape
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.table import Table
@@ -148,9 +149,9 @@ class Report:
         table.add_column("statement", overflow="fold")
         marks = {HOLDS: "[green]✓[/]", BROKEN: "[bold red]✗[/]", ABSENT: "[dim]–[/]"}
         for finding in self.findings:
-            statement = finding.law.statement
+            statement = escape(finding.law.statement)
             if finding.status == BROKEN:
-                statement += f" [dim]({finding.law.source})[/]"
+                statement += f" [dim]({escape(finding.law.source)})[/]"
             if finding.status == ABSENT:
                 statement = f"[dim]lacks {finding.lacks}[/]"
             table.add_row(finding.law.name, marks[finding.status], statement)

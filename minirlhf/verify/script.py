@@ -55,7 +55,9 @@ def _picked(probe: Probe, claim: Claim) -> list[str]:
     lines = []
     if probe.binding.pick is not None:
         lines.append("got = pick(got)  # the adapter's choice of result")
-    elif not isinstance(probe.binding.call(claim.case), Tensor):
+    elif isinstance(returned := probe.binding.call(claim.case), int | float):
+        lines.append("got = tensor(got, dtype=torch.float64)")
+    elif not isinstance(returned, Tensor):
         place = probe.binding.kind.fields.index(claim.field) if claim.field else 0
         lines.append(f"got = got[{place}]")
     if probe.binding.derived:

@@ -123,8 +123,9 @@ class Binding:
         return result.reshape(shape) if result.numel() == shape.numel() else result
 
     def _converted(self, name: str, value: Any) -> Any:
-        is_mask = isinstance(self.kind.argument(name).domain, Mask)
-        return value.to(self.mask_dtype) if is_mask and self.mask_dtype != torch.bool else value
+        if self.mask_dtype == torch.bool or not isinstance(self.kind.argument(name).domain, Mask):
+            return value
+        return value.to(self.mask_dtype)
 
     def _shared(self) -> list[list[str]]:
         theirs: dict[str, list[str]] = {}
@@ -200,7 +201,8 @@ def required(argument: Argument) -> bool:
 def _parameters(fn: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """The named parameters, and whether **kwargs catches others."""
     try:
-        signature = inspect.signature(fn)
+        # A module's own call takes (*args, **kwargs) and hands them on.
+        signature = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
     except (TypeError, ValueError) as error:
         raise SubjectError(
             f"the parameters of {name_of(fn)} cannot be read ({error}); say order=(...)"

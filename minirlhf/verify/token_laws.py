@@ -1,12 +1,12 @@
-"""Laws of losses with one number per token or per sequence: what weighs how much, and who does not see whom."""
+"""Laws of losses with one number per token or per sequence: what weighs how much, and who sees whom."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from minirlhf.verify.kinds import Argument, Case, Claim, Law, Probed
-from minirlhf.verify.laws import rows_of
+from minirlhf.verify.kinds import Argument, Case, Claim, Law, Probed, Reals
+from minirlhf.verify.laws import NAN_SAFE, rows_of
 
 
 def counted(x: Tensor, case: Case) -> Tensor:
@@ -25,7 +25,7 @@ def per_row(case: Case) -> Tensor:
 
 
 def weights(f: Probed, case: Case, elements: Callable[[Case], Tensor] = per_token) -> Tensor:
-    """How much each element counts in the (sum of the) subject's result: 1 per element where it keeps them."""
+    """How much each element counts in the sum of the subject's result: 1 where it reduces nothing."""
     x = elements(case).requires_grad_()
     inside = counted(x, case) if x.shape == case["mask"].shape else x
     (weight,) = torch.autograd.grad(f.reduced(inside, case).sum(), x)
@@ -51,7 +51,8 @@ def micro_batches(arguments: Sequence[Argument], elements: Callable[[Case], Tens
         why = "the first row and the others, each weighed with its share, give the whole"
         yield Claim(case, f.value(case), "==", total, why)
 
-    return Law("micro_batches", "batch", "the loss of a batch is the weighed sum of its micro-batches' losses",
+    return Law("micro_batches", "batch",
+               "the loss of a batch is the weighed sum of its micro-batches' losses",
                "oracles P13; bugs H02, H05: means of means", check)  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def token_order(arguments: Sequence[Argument], *, gradients: Sequence[str] = ())
             want = f.grad(case, wrt).flip(along[wrt])
             yield Claim(changed, f.grad(changed, wrt), "==", want, why, wrt=wrt)
 
-    return Law("token_order", "symmetry", "reordering the tokens of a row reorders the result, and no sum or mean",
+    return Law("token_order", "symmetry",
+               "reordering the tokens of a row reorders the result, and no sum or mean",
                "property of a loss that is a sum over tokens", check)  # fmt: skip
 
 
@@ -88,14 +90,33 @@ def token_repeated(
     return Law("token_repeated", "symmetry", statement, source, check)
 
 
-def no_gradient(argument: str, source: str, *, zero: str = "") -> Law:
-    """The argument is a constant of the equation (its stop-gradient)."""
-    statement = zero or f"no gradient reaches {argument}"
+def no_gradient(argument: str, source: str, *, proves: str | None = None) -> Law:
+    """The argument is a constant of the equation (its stop-gradient).
+
+    proves: the behaviour that a gradient disproves, for what is recorded data and gets none anyway.
+    """
+    statement = f"no gradient reaches {argument}"
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        yield Claim(case, f.grad(case, argument), "==", torch.zeros_like(case[argument]), statement, wrt=argument)
+        none = torch.zeros_like(case[argument])
+        yield Claim(case, f.grad(case, argument), "==", none, statement, wrt=argument)
 
-    return Law(f"no_gradient_of_{argument}", "gradient", statement, source, check)
+    return Law(f"no_gradient_of_{argument}", "gradient", statement, source, check, proves=proves)
+
+
+def nan_not_passed_on(arguments: Sequence[Argument]) -> Law:
+    """What `mask_laws` cannot see, since it looks under the mask only where nothing is poisoned."""
+    tokens = [a.name for a in arguments if isinstance(a.domain, Reals) and a.shape == ("B", "T")]
+
+    def check(f: Probed, case: Case) -> Iterator[Claim]:
+        if f.per_element:
+            poisoned = case | {n: case[n].masked_fill(~case["mask"], torch.nan) for n in tokens if n in case}
+            why = "a number everywhere, under the mask too, though NaN lies there"
+            yield Claim(poisoned, f.raw(poisoned), "finite", None, why, raw=True)
+
+    return Law("nan_not_passed_on", "mask", "NaN under the mask does not come out again", "OpenRLHF #1240",
+               check,
+               ("mask",), proves=NAN_SAFE)  # fmt: skip
 
 
 def without(laws: Sequence[Law], *names: str) -> tuple[Law, ...]:

@@ -43,7 +43,7 @@ rate to go on with."""
 STALLED = 0.8
 """No longer improving: the best of the last checks is not below this share of the best before them."""
 
-NEAR = 0.5
+NEAR = 1 / 3
 """A mistake is named where its end is nearer than this share of the distance to the optimum."""
 
 

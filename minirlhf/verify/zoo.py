@@ -6,7 +6,7 @@ bugs happen, and it keeps every one of them a line long. The wrong function is m
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -69,17 +69,20 @@ def nearest_bug(probe: Probe, bugs: Sequence[Bug], claims: Sequence[Claim] = ())
     cases += [claim.case for claim in claims]
     wrt = tuple(dict.fromkeys([*kind.differentiable, *(claim.wrt for claim in claims if claim.wrt)]))
     raw = kind.mask is not None and any(claim.raw for claim in claims)
-    theirs = [_seen(probe.value, probe.grad, c, wrt) + _beside(probe.binding.call, c, probe, raw) for c in cases]
+    theirs = [
+        _seen(probe.value, probe.grad, c, wrt) + _beside(probe.binding.call, c, probe, raw) for c in cases
+    ]
     right = [_seen(probe.expected, probe.expected_grad, case, wrt) for case in cases]
     if bugs:
         right = [
-            seen + _beside(_with(bugs[0].specimen), c, probe, raw) for seen, c in zip(right, cases, strict=True)
+            seen + _beside(_with(bugs[0].specimen), c, probe, raw)
+            for seen, c in zip(right, cases, strict=True)
         ]
     best, best_share = None, _share(theirs, right)
     for bug in bugs:
         wrong = _planted(bug)
-        ours = [_bug_results(wrong, probe, c, wrt) + _beside(_with(wrong), c, probe, raw) for c in cases]
-        share = max(_share(theirs, _times(ours, 1 / scale)) for scale in _scales(probe))
+        ours = (_bug_results(wrong, probe, c, wrt) + _beside(_with(wrong), c, probe, raw) for c in cases)
+        share = _best_share(theirs, ours, _scales(probe), best_share)
         if share > best_share:
             best, best_share = bug, share
     return Nearest(best, best_share) if best is not None and best_share >= 0.5 else None
@@ -112,13 +115,16 @@ def _beside(call: Callable[[Case], Any], case: Case, probe: Probe, raw: bool) ->
     """Further fields that the subject has, and (raw) what lies under the mask."""
     kind = probe.binding.kind
     fields = [name for name in kind.fields[1:] if probe.has(name)]
-    outside = raw and not bool(case[kind.mask].all())
+    mask = case[kind.mask] if raw and kind.mask else None
+    if not fields and mask is None:
+        return []
     try:
         results = results_of(call(case), kind)
         found: Results = [probe.counted(results[name].detach(), case) for name in fields]
-        return found + [next(iter(results.values())).detach().masked_fill(case[kind.mask], 0.0)] * outside
+        outside = [next(iter(results.values())).detach().masked_fill(m, 0.0) for m in [mask] if m is not None]
+        return found + outside
     except Exception:  # of a stranger's function, or a wrong one's
-        return [None] * (len(fields) + outside)
+        return [None] * (len(fields) + (mask is not None))
 
 
 def _bug_results(
@@ -153,8 +159,21 @@ def _scales(probe: Probe) -> list[float]:
     return [sign * factor for sign in ((1, -1) if kind.signed else (1,)) for factor in kind.factors]
 
 
-def _times(results: list[Results], scale: float) -> list[Results]:
-    return [[None if r is None else r if r.dtype == torch.bool else r * scale for r in row] for row in results]
+def _best_share(theirs: list[Results], ours: Iterable[Results], scales: list[float], least: float) -> float:
+    """The largest share of agreeing results that a scale gives; 0 as soon as none can exceed `least`."""
+    total = left = sum(len(results) for results in theirs)
+    same = [0] * len(scales)
+    for seen, results in zip(theirs, ours, strict=False):
+        left -= len(seen)
+        for place, scale in enumerate(scales):
+            same[place] += _agreeing(seen, [_divided(r, scale) for r in results])
+        if max(same) + left <= least * total:
+            return 0.0
+    return max(same) / total
+
+
+def _divided(x: Tensor | None, scale: float) -> Tensor | None:
+    return x if x is None or scale == 1.0 or x.dtype == torch.bool else x / scale
 
 
 def _named(x: Tensor) -> Tensor:
@@ -162,8 +181,11 @@ def _named(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), -98765.0, x)
 
 
+def _agreeing(theirs: Results, ours: Results) -> int:
+    """How many results agree; both raising is agreement."""
+    pairs = zip(theirs, ours, strict=True)
+    return sum(a is b if a is None or b is None else agree(_named(a), _named(b), 1e-5) for a, b in pairs)
+
+
 def _share(theirs: list[Results], ours: list[Results]) -> float:
-    """The share of results on which both agree; both raising is agreement."""
-    pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a, b, strict=True)]
-    same = sum(a is b if a is None or b is None else agree(_named(a), _named(b), 1e-5) for a, b in pairs)
-    return same / len(pairs)
+    return sum(map(_agreeing, theirs, ours)) / sum(map(len, theirs))

@@ -1,4 +1,4 @@
-"""What wrong variants have asked for: each of these claims refuses a mutant that all other tests let through."""
+"""What wrong variants have asked for: each claim refuses a mutant that all other tests let through."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 with_entropy = pytest.mark.parametrize(
-    "function", [logprob.token_logp_and_entropy, logprob.token_logp_and_entropy_dense], ids=["compact", "dense"]
+    "function",
+    [logprob.token_logp_and_entropy, logprob.token_logp_and_entropy_dense],
+    ids=["compact", "dense"],
 )
 
 MASK = torch.tensor([[False, True, True, False], [False, False, True, True]])
@@ -41,11 +43,15 @@ def first(result: Any) -> Tensor:
 
 @every_function
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_the_temperature_divides_the_logits_whatever_it_is(function: Callable[..., Any], temperature: float) -> None:
+def test_the_temperature_divides_the_logits_whatever_it_is(
+    function: Callable[..., Any], temperature: float
+) -> None:
     states, unembedding = drawn()
     law = torch.log_softmax(states @ unembedding.T / temperature, dim=-1)
     expected = torch.where(MASK, law.gather(-1, TOKENS[..., None])[..., 0], 0.0)
-    torch.testing.assert_close(first(function(states, unembedding, TOKENS, MASK, temperature=temperature)), expected)
+    torch.testing.assert_close(
+        first(function(states, unembedding, TOKENS, MASK, temperature=temperature)), expected
+    )
 
 
 @every_function
@@ -101,7 +107,9 @@ def test_a_report_is_differentiable_in_the_unembedding_too() -> None:
 
 
 @every_function
-def test_states_or_an_unembedding_with_another_number_of_axes_are_refused(function: Callable[..., Any]) -> None:
+def test_states_or_an_unembedding_with_another_number_of_axes_are_refused(
+    function: Callable[..., Any],
+) -> None:
     states, unembedding = drawn()
     for wrong in (
         (states[0], unembedding, TOKENS[0], MASK[0]),

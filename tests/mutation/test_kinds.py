@@ -114,5 +114,19 @@ def test_the_kinds_of_our_own_pages_are_found() -> None:
 
 
 def test_our_own_pages_have_mutants_of_every_operator() -> None:
-    made = {m.operator for name in ("masked", "advantages", "sampling") for m in mutants_of(f"minirlhf.objectives.{name}")}
-    assert {"mask", "detach", "extremum", "reduction", "index", "axis", "function", "keyword", "default"} <= made
+    made = {
+        m.operator
+        for name in ("masked", "advantages", "sampling")
+        for m in mutants_of(f"minirlhf.objectives.{name}")
+    }
+    assert {
+        "mask",
+        "detach",
+        "extremum",
+        "reduction",
+        "index",
+        "axis",
+        "function",
+        "keyword",
+        "default",
+    } <= made

@@ -111,7 +111,10 @@ def test_the_fields_of_a_result_and_the_names_of_an_unpacking_are_exchanged() ->
         ("swapped operands", "check_same(x, y)\nreturn x"),
         ("sign", "d = x - y\nreturn d.square().sum() * n if n else None"),
         ("sign", "z = torch.zeros(n)\nreturn None"),
-        ("keyword", "return x.sort(dim=-1, descending=True).values"),  # the default; True is another operator's
+        (
+            "keyword",
+            "return x.sort(dim=-1, descending=True).values",
+        ),  # the default; True is another operator's
         ("constant", "raise ValueError(f'n must be 1, got {n:.3f}')"),
         ("constant", "x: Tensor = x\nreturn x"),
         ("precision", "return torch.zeros(n, device=x.device)"),
@@ -125,7 +128,8 @@ def test_equivalent_and_senseless_mutants_are_not_made(operator: str, body: str)
 
 
 def test_docstrings_annotations_and_error_messages_are_left_alone() -> None:
-    source = '"""A page of 1 line."""\n\nLIMIT: int = 3\n\n\ndef f(n: "int | 2" = 0) -> int:\n    """Returns 1."""\n'
+    source = '"""A page of 1 line."""\n\nLIMIT: int = 3\n\n\ndef f(n: "int | 2" = 0) -> int:\n'
+    source += '    """Returns 1."""\n'
     source += "    if n:\n        raise ValueError('3' if n > 4 else f'{n + 5}')\n    return n\n"
     made = [mutant.after for mutant in mutants(source)]
     assert "LIMIT: int = 4" in made

@@ -13,7 +13,7 @@ from mutation.mutants import Mutant, page_mutants
 from mutation.pages import page_of
 from mutation.patch import planted
 
-SOURCE = '''
+SOURCE = """
 import functools
 
 LIMIT = 3
@@ -51,7 +51,7 @@ class Box:
 
 def broken(x):
     return [x for _ in range(LIMIT)][1]
-'''
+"""
 
 
 @pytest.fixture
@@ -71,7 +71,13 @@ def mutant(module: types.ModuleType, after: str) -> Mutant:
 
 def state(module: types.ModuleType) -> list[Any]:
     """Everything that planting could leave behind."""
-    functions = [module.double, module.below, inspect.unwrap(module.decorated), module.Box.opened, module.Box.closed]
+    functions = [
+        module.double,
+        module.below,
+        inspect.unwrap(module.decorated),
+        module.Box.opened,
+        module.Box.closed,
+    ]
     fields = [(f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]
     return [dict(vars(module)), dict(vars(module.Box)), fields]
 

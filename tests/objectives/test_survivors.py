@@ -1,4 +1,4 @@
-"""What wrong variants have asked for: each of these claims refuses a mutant that all other tests let through."""
+"""What wrong variants have asked for: each claim refuses a mutant that all other tests let through."""
 
 import inspect
 import math
@@ -74,7 +74,7 @@ def t(*values: float) -> Tensor:
 
 
 def call(function: Callable[..., Any], **other: Any) -> Any:
-    """A call with valid arguments by name, [2, 3] where tokens stand and [2] where sequences do, but for `other`."""
+    """A call with valid arguments by name, [2, 3] for tokens and [2] for sequences, but for `other`."""
     given: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is not inspect.Parameter.empty:
@@ -110,7 +110,9 @@ def test_a_tensor_of_integers_is_refused_under_its_own_name(function: Callable[.
 @every_masked
 def test_every_tensor_of_another_shape_is_refused_not_broadcast(function: Callable[..., Any]) -> None:
     for name in tensor_parameters(function):
-        trailing = name == "x" and function is masked.select or "logits" in name  # these have axes behind the mask's
+        trailing = (
+            name == "x" and function is masked.select or "logits" in name
+        )  # these have axes behind the mask's
         for shape in ((2, 1), (1, 3), (), *(() if trailing else ((2, 3, 1),))):
             with pytest.raises(ValueError, match="shape|mask"):
                 call(function, **{name: torch.zeros(shape, dtype=torch.float64)})
@@ -415,7 +417,7 @@ def test_the_law_of_the_best_has_its_gradient_where_responses_are_excluded_or_al
 
 def test_the_pair_losses_are_differentiable_in_every_log_prob_at_every_order_of_arguments() -> None:
     logps = tuple(t(x).requires_grad_() for x in (-1.0, -2.5, -0.5, -3.0))
-    assert gradcheck(lambda *x: preference.ipo_loss(*x, t(3.0), t(2.0), tau=0.3), logps)
+    assert gradcheck(lambda a, b, c, d: preference.ipo_loss(a, b, c, d, t(3.0), t(2.0), tau=0.3), logps)
     assert gradcheck(
         lambda a, b: reference_free.simpo_loss(a, b, t(3.0), t(2.0), beta=0.5, gamma=0.1), logps[:2]
     )

@@ -86,8 +86,13 @@ class DPOModule(torch.nn.Module):
         super().__init__()
         self.beta = beta
 
-    def forward(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
-                reference_rejected_logps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         logits = margin(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         )
@@ -197,27 +202,24 @@ def simpo_with_its_own_numbers(pi_w: Tensor, pi_l: Tensor) -> Tensor:
     return F.softplus(1.3 - 2.2 * (pi_w - pi_l), threshold=50).mean()
 
 
+def log_odds_ratio(w: Tensor, loser: Tensor) -> Tensor:
+    return (w - loser) - (torch.log1p(-torch.exp(w)) - torch.log1p(-torch.exp(loser)))
+
+
 def orpo_of_trl(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> tuple[Tensor, Tensor]:
-    log_odds = (policy_chosen_logps - policy_rejected_logps) - (
-        torch.log1p(-torch.exp(policy_chosen_logps)) - torch.log1p(-torch.exp(policy_rejected_logps))
-    )
-    ratio = F.logsigmoid(log_odds)
+    ratio = F.logsigmoid(log_odds_ratio(policy_chosen_logps, policy_rejected_logps))
     return 0.1 * ratio, ratio.mean()
 
 
-def orpo_naive(
+def orpo_with_lengths(
     chosen_logp: Tensor, rejected_logp: Tensor, chosen_len: Tensor, rejected_len: Tensor, lam: float
 ) -> Tensor:
-    w, loser = chosen_logp / chosen_len, rejected_logp / rejected_len
-    odds_w, odds_l = w.exp() / (1 - w.exp()), loser.exp() / (1 - loser.exp())
-    odds = (torch.log(odds_w + 0) - torch.log(odds_l + 0)) if bool((loser > -700).all() & (w > -700).all()) else (
-        w - loser - (torch.log1p(-w.exp()) - torch.log1p(-loser.exp())))  # fmt: skip
-    return (-w - lam * F.logsigmoid(odds)).mean()
+    w = chosen_logp / chosen_len
+    return (-w - lam * F.logsigmoid(log_odds_ratio(w, rejected_logp / rejected_len))).mean()
 
 
 def orpo_as_cross_entropy(pi_w: Tensor, pi_l: Tensor, weight: float) -> Tensor:
-    odds = torch.special.logit(pi_w.exp()) - torch.special.logit(pi_l.exp()) if bool(
-        ((pi_w > -30) & (pi_l > -30)).all()) else pi_w - torch.log1p(-pi_w.exp()) - pi_l + torch.log1p(-pi_l.exp())  # fmt: skip
+    odds = log_odds_ratio(pi_w, pi_l)
     return -pi_w + weight * F.binary_cross_entropy_with_logits(odds, torch.ones_like(odds), reduction="none")
 
 
@@ -311,6 +313,7 @@ def ranking_by_loop(reward: Tensor, valid: Tensor) -> Tensor:
 
 AVERAGED = "averaged per token (a subject without lengths: of what it is given)"
 SUMMED = "summed over the response: the lengths are not used"
+ORDER = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp", "beta")
 MEAN, SUM, EACH = "mean over the batch", "sum over the batch", "one value per element"
 RIGHT = (
     Variant("dpo", dpo_of_trl, {"aggregation": EACH, "factor": "nats"}),
@@ -319,8 +322,7 @@ RIGHT = (
     Variant("dpo", dpo_with_its_own_beta, {"aggregation": MEAN, "beta": "0.07, built in"}),
     Variant("dpo", dpo_in_bits, {"factor": "bits (logarithms to base 2)"}),
     Variant("dpo", dpo_in_single_precision, {"precision": "single, whatever the input"}),
-    Variant("dpo", dpo_of_arrays, {"aggregation": MEAN}, {
-        "order": ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp", "beta"), "output": "loss"}),
+    Variant("dpo", dpo_of_arrays, {"aggregation": MEAN}, {"order": ORDER, "output": "loss"}),
     Variant("dpo", DPOModule(0.2).forward, {"aggregation": MEAN, "beta": "0.2, built in"}),
     Variant("conservative_dpo", dpo_of_trl, {"aggregation": EACH}),
     Variant("conservative_dpo", cdpo_as_cross_entropy, {"aggregation": EACH}),
@@ -329,7 +331,8 @@ RIGHT = (
     Variant("conservative_dpo", cdpo_as_cross_entropy, {"label_smoothing": "0.3, built in"},
             {"fixed": {"epsilon": 0.3}}),
     Variant("robust_dpo", rdpo_of_trl, {"aggregation": MEAN}),
-    Variant("robust_dpo", rdpo_with_its_own_numbers, {"beta": "0.25, built in", "label_smoothing": "0.2, built in"}),
+    Variant("robust_dpo", rdpo_with_its_own_numbers, {"beta": "0.25, built in",
+                                                      "label_smoothing": "0.2, built in"}),
     Variant("hinge", hinge_by_clamp, {"aggregation": MEAN}),
     Variant("hinge", hinge_by_max, {"aggregation": SUM, "beta": "0.3, built in"}),
     Variant("ipo", ipo_of_averages, {"normalisation": AVERAGED}),
@@ -343,11 +346,12 @@ RIGHT = (
     Variant("simpo", simpo_with_its_own_numbers, {"beta": "2.2, built in", "gamma": "1.3, built in"}),
     Variant("orpo", orpo_of_trl, {"likelihood": "the odds ratio alone: -ℓ⁺ is added by the caller",
                                   "weight": "0.1, built in"}, {"output": lambda returned: -returned[0]}),
-    Variant("orpo", orpo_naive, {"likelihood": "the loss holds -ℓ⁺", "aggregation": MEAN}),
+    Variant("orpo", orpo_with_lengths, {"likelihood": "the loss holds -ℓ⁺", "aggregation": MEAN}),
     Variant("orpo", orpo_as_cross_entropy, {"likelihood": "the loss holds -ℓ⁺"}),
     Variant("kto", kto_of_trl, {"aggregation": MEAN}),
     Variant("kto", kto_with_signs, {"aggregation": EACH}),
-    Variant("kto", kto_with_its_own_numbers, {"beta": "0.13, built in", "undesirable_weight": "1.33, built in"}),
+    Variant("kto", kto_with_its_own_numbers, {"beta": "0.13, built in",
+                                              "undesirable_weight": "1.33, built in"}),
     Variant("kto_reference_point", point_of_trl),
     Variant("kto_reference_point", point_by_relu),
     Variant("implicit_reward", implicit_reward_detached, {"beta": "0.3, built in"}),
@@ -452,8 +456,7 @@ def orpo_of_ratio_of_probabilities(pi_w: Tensor, pi_l: Tensor, weight: float) ->
 
 
 def orpo_with_the_paper_s_sign_lost(pi_w: Tensor, pi_l: Tensor, weight: float) -> Tensor:
-    odds = (pi_w - pi_l) - (torch.log1p(-pi_w.exp()) - torch.log1p(-pi_l.exp()))
-    return -(pi_w + weight * F.logsigmoid(-odds))
+    return -(pi_w + weight * F.logsigmoid(-log_odds_ratio(pi_w, pi_l)))
 
 
 def kto_of_separate_means(logp: Tensor, ref_logp: Tensor, label: Tensor, kl: Tensor, beta: float) -> Tensor:

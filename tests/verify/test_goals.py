@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.verify.goals import WrongOptimum, kl_regularised
+from minirlhf.verify.goals import kl_regularised
 from minirlhf.verify.optima import optimal_law
 from minirlhf.verify.world import (
     World,
@@ -20,6 +20,7 @@ from minirlhf.verify.world import (
     token_reward,
     truncated,
 )
+from minirlhf.verify.wrong_optima import WrongOptimum
 
 W, BETA = small_world(2), 0.7
 GOAL = kl_regularised(W, beta=BETA)

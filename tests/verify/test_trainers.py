@@ -362,6 +362,13 @@ def test_a_trainer_that_dips_below_the_threshold_now_and_then_is_not_reached() -
     assert report.outcome == "stalled" and "met at times, but not held" in report.reason
 
 
+def test_a_trainer_that_improves_now_and_then_has_not_stalled() -> None:
+    def path(n: int) -> Tensor:
+        return tilted_by(1 - 0.8**n) if n % 4 == 0 else SMALL.world.ref_logits
+
+    assert along(path, max_updates=16, patience=5).outcome == "unfinished"
+
+
 def test_a_trainer_that_does_nothing_has_stalled_and_is_told_so() -> None:
     report = along(lambda n: SMALL.world.ref_logits, patience=7)
     assert report.outcome == "stalled"

@@ -105,6 +105,4 @@ BUGS = (
            "(logp.exp() * (logp - (0.5 * (logp.exp() + ref_logp.exp())).log())).sum(-1)",
            "TRL #3043, Liger #974"),
     _exact("most probable token only", _SUM, "(logp.exp() * (logp - ref_logp)).amax(-1)"),
-    _exact("nan_to_num hides only the forward pass", _SUM,
-           "torch.nan_to_num(logp.exp() * (logp - ref_logp)).sum(-1)", "TRL #7221"),
 )  # fmt: skip

@@ -12,15 +12,19 @@ ZIEGLER = "Ziegler et al. 2019, section 2.2 (arXiv:1909.08593)"
 
 ARGUMENTS = (
     Argument("coefficient", (), Reals(0.125, 4.0), "β > 0, the current coefficient",
-             synonyms=("value", "kl_coef", "beta", "coef", "kl_ctl", "kl_coefficient", "old_coef", "current_beta")),
+             synonyms=("value", "kl_coef", "beta", "coef", "kl_ctl", "kl_coefficient", "old_coef",
+                       "current_beta")),
     Argument("kl", (), Reals(0.25, 2.0, special=(0.0, 0.5, 1.0, 4.0)), "the measured KL(π‖π_ref) in nats",
-             synonyms=("current", "current_kl", "kl_value", "mean_kl", "kl_mean", "measured_kl", "observed_kl")),
-    Argument("target", (), Numbers((6.0, 0.125, 1.0, 10.0), usual=(6.0, 0.1, 1.0, 0.01)), "the KL to hold, in nats",
+             synonyms=("current", "current_kl", "kl_value", "mean_kl", "kl_mean", "measured_kl",
+                       "observed_kl")),
+    Argument("target", (), Numbers((6.0, 0.125, 1.0, 10.0), usual=(6.0, 0.1, 1.0, 0.01)),
+             "the KL to hold, in nats",
              synonyms=("target_kl", "kl_target", "target_value")),
     Argument("horizon", (), Numbers((1000.0, 100.0, 50.0, 10000.0), usual=(10000.0, 10.0, 1000.0)),
              "the episodes in which β can change by about 20 %",
              synonyms=("kl_horizon", "kl_adapt_horizon")),
-    Argument("n_steps", (), Numbers((64.0, 16.0, 8.0, 1.0), usual=(1.0, 256.0, 64.0)), "the episodes since last time",
+    Argument("n_steps", (), Numbers((64.0, 16.0, 8.0, 1.0), usual=(1.0, 256.0, 64.0)),
+             "the episodes since last time",
              synonyms=("steps", "n", "batch_size", "nsteps", "num_steps", "n_episodes")),
 )  # fmt: skip
 
@@ -68,7 +72,8 @@ def _at_share(name: str, share: float, relation_: str, statement: str, source: s
 
 
 def _changes(name: str, family: str, statement: str, source: str, one: Callable[[Case], Case],
-             other: Callable[[Case], Case], factor: float, *, needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
+             other: Callable[[Case], Case], factor: float, *,
+             needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
     """The change of the coefficient on the other case is a multiple of that on the one."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
@@ -92,7 +97,8 @@ def _closed_loop() -> Law:
             yield Claim(given, (after - goal).abs() < (beta - goal).abs(), "holds", None, why)
             beta = after
 
-    return Law("closed_loop", "limit", "in a loop with a policy the coefficient goes to where the KL is its target",
+    return Law("closed_loop", "limit",
+               "in a loop with a policy the coefficient goes to where the KL is its target",
                "oracles A2: the wrong sign runs away", check)  # fmt: skip
 
 
@@ -120,7 +126,8 @@ ADAPTIVE = Kind(
         _at_share("fixed_point", 1.0, "==", "at the target the coefficient stays", "oracles A1"),
         _at_share("rises_above_target", 1.1, ">", "above the target the coefficient rises", "oracles A1, A2"),
         _at_share("falls_below_target", 0.9, "<", "below the target the coefficient falls", "oracles A1, A2"),
-        bounded("most", "limit", "one step raises the coefficient by at most 20 % · n/horizon", "oracles A1", "<=",
+        bounded("most", "limit", "one step raises the coefficient by at most 20 % · n/horizon", "oracles A1",
+                "<=",
                 lambda c, f: c["coefficient"] + _limit(c)),
         bounded("least", "limit", "one step lowers it by at most 20 % · n/horizon", "oracles A1", ">=",
                 lambda c, f: c["coefficient"] - _limit(c)),
@@ -128,7 +135,8 @@ ADAPTIVE = Kind(
                  "oracles A1", lambda c: _at(c, 1.3), lambda c: _at(c, 40.0), 1.0),
         _changes("saturates_below", "limit", "from 20 % below the target on, less KL changes nothing more",
                  "oracles A1", lambda c: _at(c, 0.7), lambda c: _at(c, 0.0), 1.0),
-        _changes("proportional", "symmetry", "twice the error: twice the change", ZIEGLER, lambda c: _at(c, 1.05),
+        _changes("proportional", "symmetry", "twice the error: twice the change", ZIEGLER,
+                 lambda c: _at(c, 1.05),
                  lambda c: _at(c, 1.1), 2.0),
         _changes("odd", "symmetry", "as far below the target as above: the opposite change", ZIEGLER,
                  lambda c: _at(c, 1.15), lambda c: _at(c, 0.85), -1.0),

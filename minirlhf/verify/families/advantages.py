@@ -1,6 +1,11 @@
-"""Advantages and returns of sampled sequences: generalised advantage estimation, discounted returns."""
+"""Generalised advantage estimation.
+
+Some libraries whiten the advantage before they return it. Their returns still give it away, A = R - V: the
+laws are held against that.
+"""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,27 +15,49 @@ from minirlhf.verify.families.recurrences import (
     BOOTSTRAPPED,
     GAMMA,
     MASK,
-    PLAIN,
     REWARD,
     View,
     bootstrap_laws,
+    changed_law,
     claim,
     distance,
     final,
     following,
+    full_row,
+    golden_row,
     impulse_law,
     linear_laws,
+    long_row,
     nudged,
     powers,
     remaining,
     reward_to_go,
     time_laws,
 )
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Numbers, Options, Probed, Reals
-from minirlhf.verify.laws import batch_laws, empty_row_law, finite_at, formula, loosened, mask_laws, numeric_laws, table
+from minirlhf.verify.kinds import (
+    Argument,
+    Case,
+    Claim,
+    Convention,
+    Kind,
+    Law,
+    Numbers,
+    Options,
+    Probed,
+    Reals,
+)
+from minirlhf.verify.laws import (
+    batch_laws,
+    empty_row_law,
+    finite_at,
+    formula,
+    loosened,
+    mask_laws,
+    numeric_laws,
+    table,
+)
 
 SCHULMAN = "Schulman et al. 2016, Eq. 16 (arXiv:1506.02438)"
-SUTTON = "Sutton & Barto 2018, Eq. 3.9"
 VALUE = Argument(
     "value", ("B", "T"), Reals(-4.0, 4.0), "V before each token, in reward units",
     synonyms=("values", "v", "old_values", "value_preds", "vals", "critic_values", "value_estimates", "vs"),
@@ -44,8 +71,7 @@ WHITENING = Convention("whitening", {
     False: "none: it is left to the caller",
     True: "the advantage over the whole batch, after the returns (unbiased variance, ε = 1e-8 in the root)",
 })  # fmt: skip
-GAE_ARGUMENTS = (REWARD, VALUE, MASK, BOOTSTRAPPED, GAMMA, LAM)
-RETURN_ARGUMENTS = (REWARD, MASK, BOOTSTRAPPED, GAMMA)
+ARGUMENTS = (REWARD, VALUE, MASK, BOOTSTRAPPED, GAMMA, LAM)
 INPUTS = ("reward", "value")
 
 
@@ -101,25 +127,6 @@ def _delta(case: Case) -> Tensor:
     return torch.where(case["mask"], case["reward"] + case["gamma"] * after - case["value"], 0.0)
 
 
-def _law(name: str, family: str, statement: str, source: str, change: Callable[[Case], Case],
-         want: Callable[[Case, Tensor], Tensor], *, view: View = GAE_VIEW,
-         needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
-    """On the changed case the estimate is want(changed case, estimate of the case)."""
-
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        changed = change(case)
-        yield claim(view, f, changed, want(changed, view.value(f, case)), statement)
-
-    return Law(name, family, statement, source, check, needs)
-
-
-def _golden(name: str, case: Case, want: list[float], statement: str, *, view: View = GAE_VIEW) -> Law:
-    def check(f: Probed, given: Case) -> Iterator[Claim]:
-        yield claim(view, f, given, table(want), statement)._replace(loose=1e3)
-
-    return Law(name, "value", statement, "oracles 5.3", check, cases=lambda: [case])
-
-
 def _returns() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         keep = case["mask"]
@@ -127,7 +134,8 @@ def _returns() -> Law:
         take, why = f"[tensor({keep.tolist()})]", "the critic's target is advantage + value, not whitened"
         yield Claim(case, got, "==", want, why, take=take, field="ret")
 
-    return Law("returns", "identity", "the critic's targets are advantage + value, formed before any whitening",
+    return Law("returns", "identity",
+               "the critic's targets are advantage + value, formed before any whitening",
                "oracles GAE5, W11; cleanrl #337: values of a stale buffer", check, ("ret",))  # fmt: skip
 
 
@@ -166,7 +174,9 @@ def _mixture() -> Law:
                 want[b, t] = sum(parts) + lam ** (last - 1) * n_step(case, b, tokens, i, last)
         yield claim(GAE_VIEW, f, case, want, "(1-λ) Σ λ^(n-1) A⁽ⁿ⁾, the mixture of n-step advantages")
 
-    return Law("n_step_mixture", "identity", "the geometric mixture of the n-step advantages", "oracles GAE4", check)
+    return Law(
+        "n_step_mixture", "identity", "the geometric mixture of the n-step advantages", "oracles GAE4", check
+    )
 
 
 def _potential(case: Case) -> Tensor:
@@ -192,10 +202,11 @@ def _cut() -> Law:
         whole["value"] = torch.cat([case["value"][:, :half], exact[:, half:]], dim=1)
         head = {name: whole[name][:, :half] for name in (*INPUTS, "mask")}
         head = {**whole, **head, BOOTSTRAP: exact[:, half]}
-        why = f"the values are exact from column {half} on: cut there and bootstrapped, the head stays what it is"
+        why = f"the values are exact from column {half} on: cut there and bootstrapped, the head stays"
         yield claim(GAE_VIEW, f, head, _seen(f, whole)[:, :half], why)
 
-    return Law("cut_invariance", "invariance", "a row cut where its values are exact, and bootstrapped, keeps its "
+    return Law("cut_invariance", "invariance",
+               "a row cut where its values are exact, and bootstrapped, keeps its "
                "advantages", "bugs F03, A11: SB3 #185, #633", check, (BOOTSTRAP,))  # fmt: skip
 
 
@@ -205,16 +216,13 @@ def _terminal() -> Law:
         last = case["mask"] & (remaining(case) == 0)
         seen = _seen(f, ended)
         want = torch.where(last, case["reward"] - case["value"], seen)
-        yield _claim(f, ended, seen, want, "r - V at the last token that counts: what comes after it has no value")
+        yield _claim(
+            f, ended, seen, want, "r - V at the last token that counts: what comes after it has no value"
+        )
 
-    return Law("terminal_value", "limit", "after the last token of a row that ended V is 0, whatever lies there",
+    return Law("terminal_value", "limit",
+               "after the last token of a row that ended V is 0, whatever lies there",
                "oracles GAE11; ROLL #447", check)  # fmt: skip
-
-
-def _long_row(**numbers: float) -> list[Case]:
-    t = torch.arange(600, dtype=torch.float64)[None]
-    mask = torch.ones(1, 600, dtype=torch.bool)
-    return [{"reward": (t * 1.3).sin(), "value": (t * 0.7).cos(), "mask": mask, **numbers}]
 
 
 def _guarded(law: Law, can: Callable[[Probed, Case], bool]) -> Law:
@@ -244,14 +252,56 @@ def _never(f: Probed, case: Case) -> bool:
     return False
 
 
-def _full(*rewards: float) -> Case:
-    return {"reward": table(rewards), "mask": torch.ones(1, len(rewards), dtype=torch.bool)}
-
+_changed = partial(changed_law, view=GAE_VIEW)
+_golden = partial(golden_row, view=GAE_VIEW)
+TERMINAL: Case = {**full_row(0, 0, 1), "value": table([0.5] * 3), "gamma": 1.0, "lam": 0.95}
+DISCOUNTED: Case = {
+    **full_row(0, 0, 0, 1),
+    "value": table([0.2, 0.4, 0.6, 0.8]),
+    "gamma": 0.99,
+    "lam": 0.95,
+}
+GAE_LAWS = (
+    _returns(),
+    _golden("golden_terminal_reward", TERMINAL, [0.45125, 0.475, 0.5],
+            "γ = 1, λ = .95, r = (0, 0, 1), V = .5: (.45125, .475, .5)"),
+    _golden("golden_discounted", DISCOUNTED, [0.714671, 0.551484, 0.3801, 0.2],
+            "γ = .99, λ = .95, r = (0, 0, 0, 1), V = (.2, .4, .6, .8): (.714671, .551484, .3801, .2)"),
+    impulse_law(GAE_VIEW, _decay, "∂A_t/∂r_k = (γλ)^(k-t) from k = t on", "oracles GAE8"),
+    _value_impulse("own_value_impulse", True, "∂A_t/∂V_t = -1", "oracles GAE8: the baseline"),
+    _value_impulse("later_value_impulse", False, "∂A_t/∂V_k = γ(1-λ)(γλ)^(k-t-1) for k > t, 0 for k < t",
+                   "oracles GAE8; bugs Z07: γ and λ swapped, which no reward shows"),
+    _changed("lambda_zero", "limit", "λ = 0: the temporal-difference error r + γ V' - V", "oracles GAE2",
+             lambda c: {**c, "lam": 0.0}, lambda c, a: _delta(c), needs=("lam",)),
+    _changed("lambda_one", "limit", "λ = 1: the discounted return less V", "oracles GAE3",
+             lambda c: {**c, "lam": 1.0},
+             lambda c, a: torch.where(c["mask"], reward_to_go(c, c["gamma"]) - c["value"], 0.0),
+             needs=("lam",)),
+    _changed("gamma_zero", "limit", "γ = 0: r - V", SCHULMAN, lambda c: {**c, "gamma": 0.0},
+             lambda c, a: torch.where(c["mask"], c["reward"] - c["value"], 0.0), needs=("gamma",)),
+    _changed("telescoping", "identity", "A_t - γλ A_{t+1} = δ_t", "oracles GAE7", lambda c: c,
+             lambda c, a: _delta(c) + _decay(c) * following(a, c, torch.zeros_like(final(c)))),
+    _mixture(),
+    *linear_laws(GAE_VIEW, INPUTS),
+    _changed("potential_shaping", "invariance",
+             "shaping by a potential, with the values that belong to it, changes nothing",
+             "oracles GAE9; Ng, Harada & Russell 1999", _shaped, lambda c, a: a),
+    _changed("exact_values", "limit", "where V is what really follows, no advantage is left",
+             "Bellman's equation", lambda c: {**c, "value": reward_to_go(c, c["gamma"])},
+             lambda c, a: torch.zeros_like(a)),
+    _terminal(),
+    *bootstrap_laws(GAE_VIEW, _decay, _discount),
+    _cut(),
+    *time_laws(GAE_VIEW, INPUTS),
+    finite_at("long_rows", "170 tokens at γλ = .01: no division by a power that underflows", "oracles 1.7",
+              lambda: long_row(gamma=0.1, lam=0.1)),
+    *mask_laws(ARGUMENTS, differentiable=()),
+)  # fmt: skip
 
 GAE = Kind(
     name="gae",
     title="generalised advantage estimation",
-    arguments=GAE_ARGUMENTS,
+    arguments=ARGUMENTS,
     returns="(advantage, ret), both [B, T] in reward units",
     shape=("B", "T"),
     fields=("advantage", "ret"),
@@ -259,110 +309,11 @@ GAE = Kind(
     conventions=(WHITENING,),
     mask="mask",
     laws=(
-        _guarded(formula("A_t = Σ (γλ)^(k-t) δ_k over the tokens that count, δ = r + γ V' - V", SCHULMAN), _spread),
-        *(_guarded(law, _several) for law in (
-            _returns(),
-            _golden("golden_terminal_reward", {**_full(0, 0, 1), "value": table([0.5] * 3), "gamma": 1.0, "lam": 0.95},
-                    [0.45125, 0.475, 0.5], "γ = 1, λ = .95, r = (0, 0, 1), V = .5: (.45125, .475, .5)"),
-            _golden("golden_discounted", {**_full(0, 0, 0, 1), "value": table([0.2, 0.4, 0.6, 0.8]), "gamma": 0.99,
-                                          "lam": 0.95}, [0.714671, 0.551484, 0.3801, 0.2],
-                    "γ = .99, λ = .95, r = (0, 0, 0, 1), V = (.2, .4, .6, .8): (.714671, .551484, .3801, .2)"),
-            impulse_law(GAE_VIEW, _decay, "∂A_t/∂r_k = (γλ)^(k-t) from k = t on", "oracles GAE8"),
-            _value_impulse("own_value_impulse", True, "∂A_t/∂V_t = -1", "oracles GAE8: the baseline"),
-            _value_impulse("later_value_impulse", False, "∂A_t/∂V_k = γ(1-λ)(γλ)^(k-t-1) for k > t, 0 for k < t",
-                           "oracles GAE8; bugs Z07: γ and λ swapped, which no reward shows"),
-            _law("lambda_zero", "limit", "λ = 0: the temporal-difference error r + γ V' - V", "oracles GAE2",
-                 lambda c: {**c, "lam": 0.0}, lambda c, a: _delta(c), needs=("lam",)),
-            _law("lambda_one", "limit", "λ = 1: the discounted return less V", "oracles GAE3", lambda c: {**c, "lam": 1.0},
-                 lambda c, a: torch.where(c["mask"], reward_to_go(c, c["gamma"]) - c["value"], 0.0), needs=("lam",)),
-            _law("gamma_zero", "limit", "γ = 0: r - V", SCHULMAN, lambda c: {**c, "gamma": 0.0},
-                 lambda c, a: torch.where(c["mask"], c["reward"] - c["value"], 0.0), needs=("gamma",)),
-            _law("telescoping", "identity", "A_t - γλ A_{t+1} = δ_t", "oracles GAE7", lambda c: c,
-                 lambda c, a: _delta(c) + _decay(c) * following(a, c, torch.zeros_like(final(c)))),
-            _mixture(),
-            *linear_laws(GAE_VIEW, INPUTS),
-            _law("potential_shaping", "invariance", "shaping by a potential, with the values that belong to it, changes "
-                 "nothing", "oracles GAE9; Ng, Harada & Russell 1999", _shaped, lambda c, a: a),
-            _law("exact_values", "limit", "where V is what really follows, no advantage is left", "Bellman's equation",
-                 lambda c: {**c, "value": reward_to_go(c, c["gamma"])}, lambda c, a: torch.zeros_like(c["reward"])),
-            _terminal(),
-            *bootstrap_laws(GAE_VIEW, _decay, _discount),
-            _cut(),
-            *time_laws(GAE_VIEW, INPUTS),
-            finite_at("long_rows", "600 tokens at γλ = .25: no division by a power that underflows", "oracles 1.7",
-                      lambda: _long_row(gamma=0.5, lam=0.5)),
-        )),
-        *(_guarded(law, _several if law.name == "row_order" else _never) for law in batch_laws(GAE_ARGUMENTS)),
-        *(_guarded(law, _several) for law in mask_laws(GAE_ARGUMENTS, differentiable=())),
-        _guarded(empty_row_law(GAE_ARGUMENTS), _spread),
-        *(_guarded(law, _spread) for law in numeric_laws([*INPUTS, BOOTSTRAP])),
+        _guarded(formula("A_t = Σ (γλ)^(k-t) δ_k over the tokens that count", SCHULMAN), _spread),
+        *(_guarded(law, _several) for law in GAE_LAWS),
+        *(_guarded(law, _several if law.name == "row_order" else _never) for law in batch_laws(ARGUMENTS)),
+        *(_guarded(law, _spread) for law in (empty_row_law(ARGUMENTS), *numeric_laws([*INPUTS, BOOTSTRAP]))),
     ),
-)  # fmt: skip
+)
 
-
-def _discounted(case: Case, options: Options) -> Tensor:
-    """G_t = Σ_{k >= t} γ^(k-t) r_k, and γ to the number of tokens left times the bootstrap value."""
-    result = torch.zeros_like(case["reward"])
-    for b, keep in enumerate(case["mask"]):
-        r = torch.cat([case["reward"][b, keep], final(case)[b : b + 1]])
-        age = torch.arange(len(r))[None, :] - torch.arange(len(r))[:, None]
-        decay = case["gamma"] ** age.clamp(min=0).to(r.dtype) * (age >= 0)
-        result[b, keep] = (decay @ r)[:-1]
-    return result
-
-
-def _sum_left(case: Case) -> Tensor:
-    """Of each row from each column on, and the bootstrap value."""
-    counted = torch.where(case["mask"], case["reward"], 0.0)
-    return counted.flip(-1).cumsum(-1).flip(-1) + final(case)[:, None]
-
-
-def _only_last(case: Case) -> Case:
-    """2.5 at the last token that counts, nothing elsewhere and nothing after it."""
-    last = case["mask"] & (remaining(case) == 0)
-    ended = {name: value for name, value in case.items() if name != BOOTSTRAP}
-    return {**ended, "reward": torch.where(last, torch.full_like(case["reward"], 2.5), 0.0)}
-
-
-def _return_law(name: str, statement: str, source: str, change: Callable[[Case], Case],
-                want: Callable[[Case, Tensor], Tensor], *, needs: tuple[str, ...] = ()) -> Law:  # fmt: skip
-    return _law(name, "limit", statement, source, change, want, view=PLAIN, needs=needs)
-
-
-DISCOUNTED_RETURN = Kind(
-    name="discounted_return",
-    title="the discounted sum of the rewards from each token on",
-    arguments=RETURN_ARGUMENTS,
-    returns="[B, T] in reward units",
-    shape=("B", "T"),
-    oracle=_discounted,
-    mask="mask",
-    laws=(
-        formula("G_t = Σ γ^(k-t) r_k over the tokens that count, from t on", SUTTON),
-        _golden("golden_terminal_reward", {**_full(0, 0, 1), "gamma": 0.5}, [0.25, 0.5, 1.0],
-                "γ = .5, r = (0, 0, 1): (.25, .5, 1)", view=PLAIN),
-        _golden("golden_ones", {**_full(1, 1, 1), "gamma": 0.9}, [2.71, 1.9, 1.0],
-                "γ = .9, r = (1, 1, 1): (2.71, 1.9, 1)", view=PLAIN),
-        impulse_law(PLAIN, _discount, "∂G_t/∂r_k = γ^(k-t) from k = t on", SUTTON),
-        _return_law("recursion", "G_t = r_t + γ G_{t+1}", SUTTON, lambda c: c, lambda c, g: torch.where(
-            c["mask"], c["reward"] + c["gamma"] * following(g, c, final(c)), 0.0)),
-        _return_law("gamma_zero", "γ = 0: the reward itself", SUTTON, lambda c: {**c, "gamma": 0.0},
-                    lambda c, g: torch.where(c["mask"], c["reward"], 0.0), needs=("gamma",)),
-        _return_law("gamma_one", "γ = 1: the plain sum of what is left", SUTTON, lambda c: {**c, "gamma": 1.0},
-                    lambda c, g: torch.where(c["mask"], _sum_left(c), 0.0), needs=("gamma",)),
-        _return_law("one_reward_at_the_end", "only the last token is paid: the payment, discounted by the distance",
-                    "oracles GAE14; bugs F05: the last reward lost", lambda c: _only_last(c),
-                    lambda c, g: torch.where(c["mask"], 2.5 * c["gamma"] ** remaining(c), 0.0)),
-        *linear_laws(PLAIN, ("reward",)),
-        *bootstrap_laws(PLAIN, _discount, _discount),
-        *time_laws(PLAIN, ("reward",)),
-        finite_at("long_rows", "600 tokens at γ = .25: no division by a power that underflows", "oracles 1.7",
-                  lambda: [{n: x for n, x in _long_row(gamma=0.25)[0].items() if n != "value"}]),
-        *batch_laws(RETURN_ARGUMENTS),
-        *mask_laws(RETURN_ARGUMENTS, differentiable=()),
-        empty_row_law(RETURN_ARGUMENTS),
-        *numeric_laws(["reward", BOOTSTRAP]),
-    ),
-)  # fmt: skip
-
-KINDS = (GAE, DISCOUNTED_RETURN)
+KINDS = (GAE,)

@@ -6,7 +6,19 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.families.ratios import MASK_NAMES
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Mask, Numbers, Options, Probed, Reals
+from minirlhf.verify.kinds import (
+    Argument,
+    Case,
+    Claim,
+    Convention,
+    Kind,
+    Law,
+    Mask,
+    Numbers,
+    Options,
+    Probed,
+    Reals,
+)
 from minirlhf.verify.laws import (
     BFLOAT16,
     batch_laws,
@@ -23,8 +35,10 @@ from minirlhf.verify.token_laws import micro_batches, per_row, token_order, toke
 
 LIU = "Liu et al. 2025, section 3.1 (arXiv:2503.20783)"
 X = Argument("x", ("B", "T"), Reals(-3.0, 3.0, special=(0.0,)), "one number per token",
-             synonyms=("values", "value", "tensor", "xs", "data", "input", "inputs", "loss", "losses", "loss_mat",
-                       "per_token_loss", "per_token_losses", "token_losses", "logps", "logp", "per_token_logps",
+             synonyms=("values", "value", "tensor", "xs", "data", "input", "inputs", "loss", "losses",
+                       "loss_mat",
+                       "per_token_loss", "per_token_losses", "token_losses", "logps", "logp",
+                       "per_token_logps",
                        "log_probs", "scores"))  # fmt: skip
 MASK = Argument("mask", ("B", "T"), Mask(), "True = counts", synonyms=MASK_NAMES)
 TOKENS = (X, MASK)
@@ -56,16 +70,19 @@ def linear_laws(x: str) -> tuple[Law, ...]:
         yield Claim(changed, f.grad(changed, x), "==", f.grad(case, x), why, wrt=x)
 
     def support(f: Probed, case: Case) -> Iterator[Claim]:
-        why = "exactly the tokens that count have a gradient"
-        yield Claim(case, (f.grad(case, x).abs() > 1e-12) == case["mask"], "holds", None, why, wrt=x)
+        got, take = f.grad(case, x).abs().gt(1e-12).double(), ".abs().gt(1e-12).double()"
+        why = "1 where there is a gradient: exactly where a token counts"
+        yield Claim(case, got, "==", case["mask"].double(), why, wrt=x, take=take)
 
     return (
         Law("additive", "symmetry", "f(x + y) = f(x) + f(y)", "a weighted sum", additive),
         relation("homogeneous", "symmetry", "x times -2.5: f times -2.5", "a weighted sum",
                  lambda c: {**c, x: -2.5 * c[x]}, lambda v, c, f: -2.5 * v),
-        Law("weights_of_the_mask", "gradient", "the gradient does not depend on x", "bugs B10: mask=advantages",
+        Law("weights_of_the_mask", "gradient", "the gradient does not depend on x",
+            "bugs B10: mask=advantages",
             same_weights),
-        Law("support", "gradient", "the gradient is nonzero exactly where the mask is True", "bugs P5: support", support),
+        Law("support", "gradient", "the gradient is nonzero exactly where the mask is True",
+            "bugs P5: support", support),
     )  # fmt: skip
 
 
@@ -79,15 +96,19 @@ def _mean_laws(shape: Callable[[Case], Tensor], least: Canonical, most: Canonica
     def many(f: Probed, case: Case) -> Iterator[Claim]:
         half = {**case, "x": case["x"].bfloat16()}
         want = f.reduced(torch.full_like(shape(case), 0.75), case)
-        yield Claim(half, f.value(half), "==", want, "3,001 tokens are counted exactly, in bf16 too", loose=5e4)
+        yield Claim(
+            half, f.value(half), "==", want, "3,001 tokens are counted exactly, in bf16 too", loose=5e4
+        )
 
     crowd: Case = {"x": torch.full((1, 3001), 0.75).double(), "mask": torch.ones(1, 3001, dtype=torch.bool)}
     return (
         relation("constant", "limit", "the mean of a constant is the constant", "a mean",
                  lambda c: {**c, "x": torch.full_like(c["x"], 1.75)},
                  lambda v, c, f: f.reduced(torch.full_like(shape(c), 1.75), c)),
-        Law("between", "limit", "a mean lies between the smallest and the largest element", "a mean", between),
-        Law("many_tokens", "numeric", "tokens are counted in a type that holds their number", "bf16 counts to 256",
+        Law("between", "limit", "a mean lies between the smallest and the largest element", "a mean",
+            between),
+        Law("many_tokens", "numeric", "tokens are counted in a type that holds their number",
+            "bf16 counts to 256",
             many, proves=BFLOAT16, cases=lambda: [crowd]),
     )  # fmt: skip
 
@@ -105,7 +126,9 @@ def _shared_laws(elements: Callable[[Case], Tensor]) -> tuple[Law, ...]:
 
 def _equal_weights(f: Probed, case: Case) -> Iterator[Claim]:
     want = case["mask"] / case["mask"].sum()
-    yield Claim(case, f.grad(case, "x"), "==", want.double(), "every token weighs 1/N, N of the whole batch", wrt="x")
+    yield Claim(
+        case, f.grad(case, "x"), "==", want.double(), "every token weighs 1/N, N of the whole batch", wrt="x"
+    )
 
 
 def _across_rows(f: Probed, case: Case) -> Iterator[Claim]:
@@ -122,7 +145,9 @@ def _partition(f: Probed, case: Case) -> Iterator[Claim]:
         return
     parts = [f.value({**case, "mask": part}) * part.sum() for part in (odd, even)]
     want = (parts[0] + parts[1]) / mask.sum()
-    yield Claim(case, f.value(case), "==", want, "every second token and the others, each weighed with their number")
+    yield Claim(
+        case, f.value(case), "==", want, "every second token and the others, each weighed with their number"
+    )
 
 
 def _scalar(case: Case) -> Tensor:
@@ -141,11 +166,14 @@ TOKEN_MEAN = Kind(
     laws=(
         formula("the sum over the tokens that count, divided by their number", LIU),
         gradient("x", "∂f/∂x = 1/N for each of the N tokens that count", LIU),
-        golden("golden_rows", _GOLDEN, torch.tensor(7 / 3).double(), "(1, 2), (4): 7/3", "arithmetic", loose=1e2),
-        Law("equal_weights", "gradient", "every token weighs the same, whatever the length of its sequence", LIU,
+        golden("golden_rows", _GOLDEN, torch.tensor(7 / 3).double(), "(1, 2), (4): 7/3", "arithmetic",
+               loose=1e2),
+        Law("equal_weights", "gradient", "every token weighs the same, whatever the length of its sequence",
+            LIU,
             _equal_weights),
         Law("across_rows", "symmetry", "which row a token is in does not matter", LIU, _across_rows),
-        Law("partition", "symmetry", "N f = N₁ f₁ + N₂ f₂ for two halves of the mask", "bugs H02: mean of means",
+        Law("partition", "symmetry", "N f = N₁ f₁ + N₂ f₂ for two halves of the mask",
+            "bugs H02: mean of means",
             _partition),
         token_repeated(TOKENS, lambda v: v, "every token twice: the same mean", "bugs P19: length law"),
         *_mean_laws(_scalar, lambda x: x.amin(), lambda x: x.amax()),
@@ -213,9 +241,12 @@ SEQUENCE_SUM = Kind(
 )  # fmt: skip
 
 LOSSES = X._replace(name="losses", meaning="one loss per token", synonyms=("x", *X.synonyms))
-MICRO = Argument("micro_batch_size", (), Numbers((2, 1, 3), usual=(2,)), "rows per micro-batch, the last may be smaller",
-                 synonyms=("mini_batch_size", "microbatch_size", "micro_bs", "chunk_size", "batch_size", "mbs",
-                           "per_device_batch_size", "accumulation_steps", "gradient_accumulation_steps", "num_chunks",
+MICRO = Argument("micro_batch_size", (), Numbers((2, 1, 3), usual=(2,)),
+                 "rows per micro-batch, the last may be smaller",
+                 synonyms=("mini_batch_size", "microbatch_size", "micro_bs", "chunk_size", "batch_size",
+                           "mbs",
+                           "per_device_batch_size", "accumulation_steps", "gradient_accumulation_steps",
+                           "num_chunks",
                            "grad_accum_steps", "num_micro_batches", "n_micro_batches", "size"))  # fmt: skip
 BATCH = (LOSSES, MASK._replace(neutral=lambda case: torch.ones_like(case["losses"], dtype=torch.bool)), MICRO)
 EQUALS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -248,12 +279,16 @@ def _any_size(f: Probed, case: Case) -> Iterator[Claim]:
 
 def _larger(f: Probed, case: Case) -> Iterator[Claim]:
     changed = _sized(case, len(case["losses"]) + 3)
-    yield Claim(changed, f.value(changed), "==", f.expected(case), "a micro-batch that holds more than the batch")
+    yield Claim(
+        changed, f.value(changed), "==", f.expected(case), "a micro-batch that holds more than the batch"
+    )
 
 
 def _influence(f: Probed, case: Case) -> Iterator[Claim]:
-    got = f.grad(case, "losses").abs().sum(-1)
-    yield Claim(case, got > 1e-12, "holds", None, "every row has some influence, the last micro-batch's too", wrt="losses")
+    take = ".abs().sum(-1).gt(1e-12).double()"
+    got = f.grad(case, "losses").abs().sum(-1).gt(1e-12).double()
+    why = "1 where a row has some influence: everywhere, in the last micro-batch too"
+    yield Claim(case, got, "==", torch.ones_like(got), why, wrt="losses", take=take)
 
 
 GRADIENT_ACCUMULATION = Kind(
@@ -275,7 +310,8 @@ GRADIENT_ACCUMULATION = Kind(
             "oracles P13, O2; bugs P4, H02, H05: mean of means", _any_size, ("micro_batch_size",)),
         Law("every_row_counts", "gradient", "every row of the batch influences the step",
             "bugs H08: only the last micro-batch counts; H14: the last is dropped", _influence),
-        Law("larger_than_the_batch", "batch", "one micro-batch that is larger than the batch is the batch", "bugs H09",
+        Law("larger_than_the_batch", "batch", "one micro-batch that is larger than the batch is the batch",
+            "bugs H09",
             _larger, ("micro_batch_size",), proves="micro-batches larger than the batch"),
         *linear_laws("losses"),
         token_order(BATCH, gradients=("losses",)),

@@ -51,6 +51,10 @@ DRAWS = Argument(
 LAW_ARGUMENTS = (LOGP, SCORE, DRAWS)
 
 
+CODE = {"logp": ".exp()", "p": ""}
+"""From what the subject returns to probabilities."""
+
+
 def _untied(case: Case) -> Case:
     """Normalised log-probs, and no two equal scores."""
     score = case["score"]
@@ -78,6 +82,11 @@ def _law_of(f: Probed, case: Case) -> Tensor:
     """The subject's law as probabilities: [N]."""
     got = f.value(case).double()
     return got.exp() if f.options["output"] == "logp" else got
+
+
+def _law_is(f: Probed, case: Case, want: Tensor, why: str) -> Claim:
+    """The claim that the law is that one, to six digits."""
+    return Claim(case, _law_of(f, case), "==", want, why, take=CODE[f.options["output"]], loose=1e2)
 
 
 def _holds(name: str, family: str, statement: str, source: str,
@@ -137,8 +146,7 @@ def _enumerated() -> Law:
         want = torch.zeros(len(p), dtype=torch.float64)
         for draws in itertools.product(range(len(p)), repeat=int(case["n"])):
             want[max(draws, key=lambda y: score[y])] += math.prod(p[y] for y in draws)
-        law = _law_of(f, case)
-        yield Claim(case, near(law, want), "holds", None, f"over all {case['n']}-tuples: {want.tolist()}")
+        yield _law_is(f, case, want, f"the best of all {case['n']}-tuples, each with its probability")
 
     return Law(
         "enumerated",
@@ -153,8 +161,7 @@ def _enumerated() -> Law:
 
 def _golden_law() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        law, want = _law_of(f, case), column(0.25, 0.3125, 0.4375)
-        yield Claim(case, near(law, want), "holds", None, f"(.25, .3125, .4375), got {law.tolist()}")
+        yield _law_is(f, case, column(0.25, 0.3125, 0.4375), "(.25, .3125, .4375)")
 
     logp = column(0.5, 0.25, 0.25).log()
     case: Case = {"logp": logp, "score": column(0.0, 1.0, 2.0), "n": 2}
@@ -177,10 +184,8 @@ def _nested() -> Law:
         if bool((inner < 1e-9).any()):
             return  # its log would be what a subject rounds
         outer = {**case, "logp": inner.log(), "n": 3}
-        got, want = _law_of(f, outer), _law_of(f, {**case, "n": 6})
-        yield Claim(
-            outer, near(got, want), "holds", None, "the best of 3 draws from best of 2 is the best of 6"
-        )
+        want = _law_of(f, {**case, "n": 6})
+        yield _law_is(f, outer, want, "the best of 3 draws from best of 2 is the best of 6")
 
     return Law(
         "best_of_best",
@@ -197,9 +202,9 @@ def _many_draws() -> Law:
         many = {**case, "n": 5000}
         best = case["score"].argmax()
         if case["logp"][best] > math.log(0.01):
-            yield Claim(
-                many, near(_law_of(f, many)[best], 1.0), "holds", None, "of 5,000 draws the best is the best"
-            )
+            got, take = _law_of(f, many)[best], f"{CODE[f.options['output']]}[{int(best)}]"
+            why = "of 5,000 draws the best is the best"
+            yield Claim(many, got, "==", torch.ones_like(got), why, take=take, loose=1e2)
 
     return Law(
         "many_draws",
@@ -234,17 +239,16 @@ def _tie_laws() -> tuple[Law, Law]:
         return [{"logp": logp, "score": score, "n": n} for n in (2, 3)]
 
     def total(f: Probed, case: Case) -> Iterator[Claim]:
-        law, best = _law_of(f, case), case["score"] == 1
-        right = near(law.sum(), 1.0) & near(law[best].sum(), 1 - 0.5 ** case["n"])
-        why = f"two responses tie for the best, with .5 together: {law.tolist()}"
-        yield Claim(case, right, "holds", None, why)
+        law, code = _law_of(f, case), CODE[f.options["output"]]
+        why = "the first and the third tie for the best; at least one of them is drawn"
+        want = column(1 - 0.5 ** case["n"])[0]
+        yield Claim(case, law[[0, 2]].sum(), "==", want, why, take=f"{code}[[0, 2]].sum()", loose=1e2)
+        why = "the probabilities add up to 1"
+        yield Claim(case, law.sum(), "==", column(1.0)[0], why, take=f"{code}.sum()", loose=1e2)
 
     def shared(f: Probed, case: Case) -> Iterator[Claim]:
-        law = _law_of(f, case)
         want = best_of_n(case["logp"].exp(), case["score"], int(case["n"]))
-        yield Claim(
-            case, near(law, want), "holds", None, f"equal scores share as their probabilities: {law.tolist()}"
-        )
+        yield _law_is(f, case, want, "equal scores share as their probabilities")
 
     return (
         Law(
@@ -295,11 +299,7 @@ def _rare() -> Law:
 
 def _impossible() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        law = _law_of(f, case)
-        want = column(0.0, 0.25, 0.75)
-        yield Claim(
-            case, near(law, want), "holds", None, f"what is never drawn is never the best: {law.tolist()}"
-        )
+        yield _law_is(f, case, column(0.0, 0.25, 0.75), "what is never drawn is never the best")
 
     logp = column(0.0, 0.5, 0.5).log()
     case: Case = {"logp": logp, "score": column(5.0, 1.0, 2.0), "n": 2}

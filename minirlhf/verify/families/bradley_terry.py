@@ -123,7 +123,7 @@ def _bounded_gradient() -> Law:
         for row in range(len(case["chosen_reward"])):
             single = rows_of(_ARGUMENTS, case, torch.tensor([row]))
             slope = f.grad(single, "chosen_reward")
-            within = (slope <= 0) & (slope >= -1)
+            within = (slope <= 1e-6) & (slope >= -1 - 1e-6)
             yield Claim(single, within, "holds", None, f"-1 <= ∂L/∂r⁺ <= 0, and it is {slope.tolist()}")
 
     return Law(
@@ -230,14 +230,14 @@ BRADLEY_TERRY = Kind(
         _plain(calibrated(lambda c, f: torch.sigmoid(_gap(c)),
                           "a label that is right with probability σ(g) moves nothing", "oracles BT12",
                           side="reward")),
-        stationary("population_optimum", _ARGUMENTS, lambda: {"chosen_reward": REWARDS[PAIRS[:, 0]],
-                                                              "rejected_reward": REWARDS[PAIRS[:, 1]]},
+        stationary("population_optimum", _ARGUMENTS,
+                   lambda: {"chosen_reward": REWARDS[PAIRS[:, 0]], "rejected_reward": REWARDS[PAIRS[:, 1]]},
                    "on all pairs the maximum-likelihood rewards are the true ones", "oracles BT12",
                    sides=SIDES),
         never_negative(),
         _plain(_with_margin()),
         _plain(calibrated(_balance_of_margins,
-                          "with a margin the expected gradient is 0 at p = σ(m + g)/(σ(m - g) + " "σ(m + g))",
+                          "with a margin the expected gradient is 0 at p = σ(m + g)/(σ(m - g) + σ(m + g))",
                           "oracles S2", change=lambda c: c | {"margin": torch.full_like(_gap(c), 0.75)},
                           needs=("margin",), name="calibrated_with_margin", side="reward")),
         _plain(_mixture()),

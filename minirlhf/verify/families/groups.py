@@ -9,38 +9,26 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Mask, Numbers, Options, Probed, Reals
+from minirlhf.verify.kinds import Argument, Case, Claim, Kind, Law, Mask, Options, Probed, Reals
 from minirlhf.verify.laws import batch_laws, empty_row_law, formula, mask_laws, numeric_laws, relation
 
 KOOL = "Kool et al. 2019; Ahmadian et al. 2024 (arXiv:2402.14740)"
 LIU = "Liu et al. 2025, section 3.2 (arXiv:2503.20783)"
-SHAO = "Shao et al. 2024, section 4.1.2 (arXiv:2402.03300)"
 ONE = "groups of one"
 
-REWARD = Argument("reward", ("P", "G"), Reals(-4.0, 4.0, special=(0.0, 1.0)), "the reward of each sample of a prompt",
+REWARD = Argument("reward", ("P", "G"), Reals(-4.0, 4.0, special=(0.0, 1.0)),
+                  "the reward of each sample of a prompt",
                   synonyms=("rewards", "r", "scores", "score", "group_rewards", "outcome_rewards", "returns",
                             "sequence_rewards", "grouped_rewards"))  # fmt: skip
 MASK = Argument("mask", ("P", "G"), Mask(), "True = the sample was scored",
                 neutral=lambda c: torch.ones_like(c["reward"]).bool(),
-                synonyms=("masks", "scored", "valid", "valid_mask", "is_valid", "reward_mask", "sample_mask"))  # fmt: skip
-EPSILON = Argument("epsilon", (), Numbers((1e-4, 0.25, 1e-2, 1e-6), usual=(1e-4, 1e-6, 1e-8, 0.0, 1e-5, 1e-9, 1e-7)),
-                   "ε >= 0, beside the standard deviation",
-                   synonyms=("eps", "advantage_eps", "std_eps", "epsilon_std", "variance_epsilon"))  # fmt: skip
+                synonyms=("masks", "scored", "valid", "valid_mask", "is_valid", "reward_mask",
+                          "sample_mask"))  # fmt: skip
 PLAIN = (REWARD, MASK)
-NORMALISED = (REWARD, MASK, EPSILON)
-CONVENTIONS = (
-    Convention("standard deviation", {"unbiased": "unbiased, n - 1", "biased": "biased, n"}),
-    Convention("taken over", {
-        "group": "the samples of the prompt",
-        "batch": "the rewards of the whole batch",
-        "centred": "the whole batch, after each group was centred",
-    }),
-    Convention("place of epsilon", {"outside": "added to the deviation", "inside": "added to the variance, in the root"}),
-)  # fmt: skip
 
 
-def _arranged(case: Case) -> Case:
-    """At least two scored samples of each prompt, not always neighbours; rewards of a small spread now and then."""
+def arranged(case: Case) -> Case:
+    """At least two scored samples of each prompt, not always neighbours; now and then of a small spread."""
     mask = case["mask"].clone()
     mask[mask.sum(-1) < 2] = True
     size = mask.shape[1]
@@ -49,7 +37,7 @@ def _arranged(case: Case) -> Case:
     return {**case, "mask": mask, "reward": case["reward"] / 1024 if small else case["reward"]}
 
 
-def _each_group(case: Case, row: Callable[[Tensor], Tensor]) -> Tensor:
+def each_group(case: Case, row: Callable[[Tensor], Tensor]) -> Tensor:
     """The rewards of each prompt that were scored, through `row`; 0 elsewhere."""
     result = torch.zeros_like(case["reward"])
     for p, keep in enumerate(case["mask"]):
@@ -63,30 +51,11 @@ def _rloo(case: Case, options: Options) -> Tensor:
         others = [torch.cat([r[:i], r[i + 1 :]]) for i in range(len(r))]
         return torch.stack([x - o.mean() if len(o) else x * 0 for x, o in zip(r, others, strict=True)])
 
-    return _each_group(case, leave_one_out)
+    return each_group(case, leave_one_out)
 
 
-def _centred(case: Case, options: Options) -> Tensor:
-    return _each_group(case, lambda r: r - r.sum() / len(r))
-
-
-def _spread(deviations: Tensor, case: Case, options: Options) -> Tensor:
-    """What deviations from a mean are divided by; infinite where they do not vary."""
-    n = len(deviations) - (options["standard deviation"] == "unbiased")
-    variance = deviations.square().sum() / max(n, 1)
-    if float(variance) == 0:
-        return torch.full_like(variance, torch.inf)
-    if options["place of epsilon"] == "inside":
-        return (variance + case["epsilon"]).sqrt()
-    return variance.sqrt() + case["epsilon"]
-
-
-def _normalised(case: Case, options: Options) -> Tensor:
-    centred = _centred(case, options)
-    if options["taken over"] == "group":
-        return _each_group({**case, "reward": centred}, lambda d: d / _spread(d, case, options))
-    tokens = (case["reward"] if options["taken over"] == "batch" else centred)[case["mask"]]
-    return centred / _spread(tokens - tokens.sum() / max(len(tokens), 1), case, options)
+def centred_rewards(case: Case, options: Options) -> Tensor:
+    return each_group(case, lambda r: r - r.sum() / len(r))
 
 
 def _given(reward: list[list[float]], case: Case) -> Case:
@@ -95,7 +64,7 @@ def _given(reward: list[list[float]], case: Case) -> Case:
     return {**case, "reward": x, "mask": torch.ones_like(x).bool()}
 
 
-def _at(name: str, statement: str, source: str, reward: list[list[float]],
+def at(name: str, statement: str, source: str, reward: list[list[float]],
         want: Callable[[Case, Options], list[float]], *, family: str = "value",
         proves: str | None = None) -> Law:  # fmt: skip
     """The value on these rewards."""
@@ -110,7 +79,7 @@ def _at(name: str, statement: str, source: str, reward: list[list[float]],
 
 def _slopes(own: Callable[[Tensor], Tensor], cross: Callable[[Tensor], Tensor], source: str,
             words: tuple[str, str]) -> tuple[Law, ...]:  # fmt: skip
-    """The answer to one more reward of one sample, exactly: all of them are linear. own, cross: of n [P, 1]."""
+    """The answer to one more reward of one sample, exactly, since all are linear. own, cross: of n [P, 1]."""
 
     def law(name: str, itself: bool, statement: str) -> Law:
         def check(f: Probed, case: Case) -> Iterator[Claim]:
@@ -160,7 +129,8 @@ def _samples_permuted() -> Law:
         changed = {**case, "reward": case["reward"].flip(-1), "mask": case["mask"].flip(-1)}
         yield Claim(changed, f.value(changed), "==", f.value(case).flip(-1), "the samples in reverse order")
 
-    return Law("sample_order", "symmetry", "the samples of a prompt in another order: the same, in that order",
+    return Law("sample_order", "symmetry",
+               "the samples of a prompt in another order: the same, in that order",
                "oracles R1, R11: repeat for repeat_interleave", check)  # fmt: skip
 
 
@@ -169,7 +139,9 @@ def _ordered() -> Law:
         got, r, both = f.value(case), case["reward"], case["mask"][:, :, None] & case["mask"][:, None, :]
         above = both & (r[:, :, None] > r[:, None, :])
         rises = torch.where(above, got[:, :, None] - got[:, None, :], 1.0) > 0
-        yield Claim(case, rises, "holds", None, "of two samples of a prompt the better has the larger advantage")
+        yield Claim(
+            case, rises, "holds", None, "of two samples of a prompt the better has the larger advantage"
+        )
 
     return Law("better_is_larger", "symmetry", "the order of a prompt's rewards is kept", "oracles W4", check)
 
@@ -200,7 +172,7 @@ def _linear_laws() -> tuple[Law, ...]:
     )  # fmt: skip
 
 
-def _shared_laws(arguments: tuple[Argument, ...]) -> tuple[Law, ...]:
+def shared_laws(arguments: tuple[Argument, ...]) -> tuple[Law, ...]:
     return (
         _sum_zero(),
         _shifts(),
@@ -224,15 +196,10 @@ def _within_groups(law: Law) -> Law:
     return law._replace(name=law.name.replace("row", "prompt"), check=check)
 
 
-def _equal_beside_unequal(**numbers: float) -> list[Case]:
-    reward = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    return [{"reward": reward, "mask": torch.ones_like(reward).bool(), **numbers}]
-
-
 EIGHT = [[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]]
 
 
-def _by_outcome(right: float, wrong: float) -> list[float]:
+def by_outcome(right: float, wrong: float) -> list[float]:
     return [right if r else wrong for r in EIGHT[0]]
 
 
@@ -243,21 +210,22 @@ RLOO = Kind(
     returns="[P, G] in reward units",
     shape=("P", "G"),
     oracle=_rloo,
-    arrange=_arranged,
+    arrange=arranged,
     mask="mask",
     sizes={"P": (1, 3), "G": (2, 4)},
     laws=(
         formula("r_i less the mean of the other samples of its prompt", KOOL),
-        _at("golden_eight", "3 of 8 right: 5/7 and -3/7", "oracles 5.3", EIGHT,
-            lambda c, o: _by_outcome(5 / 7, -3 / 7)),
-        _at("golden_pair", "two samples: the difference, both ways", "oracles R4", [[2.0, 0.5]],
+        at("golden_eight", "3 of 8 right: 5/7 and -3/7", "oracles 5.3", EIGHT,
+            lambda c, o: by_outcome(5 / 7, -3 / 7)),
+        at("golden_pair", "two samples: the difference, both ways", "oracles R4", [[2.0, 0.5]],
             lambda c, o: [1.5, -1.5]),
-        *_slopes(torch.ones_like, lambda n: -1 / (n - 1), "oracles R1; bugs Z09: the baseline includes the sample",
+        *_slopes(torch.ones_like, lambda n: -1 / (n - 1),
+                 "oracles R1; bugs Z09: the baseline includes the sample",
                  ("∂A_i/∂r_i = 1: the baseline does not know its own sample", "∂A_i/∂r_j = -1/(n-1)")),
         *_linear_laws(),
-        _at("single_sample", "a prompt with one sample gives 0", "bugs F08, P22", [[2.5]], lambda c, o: [0.0],
+        at("single_sample", "a prompt with one sample gives 0", "bugs F08, P22", [[2.5]], lambda c, o: [0.0],
             family="limit", proves=ONE),
-        *_shared_laws(PLAIN),
+        *shared_laws(PLAIN),
     ),
 )  # fmt: skip
 
@@ -267,120 +235,24 @@ CENTRED = Kind(
     arguments=PLAIN,
     returns="[P, G] in reward units",
     shape=("P", "G"),
-    oracle=_centred,
-    arrange=_arranged,
+    oracle=centred_rewards,
+    arrange=arranged,
     mask="mask",
     sizes={"P": (1, 3), "G": (2, 4)},
     laws=(
         formula("r_i less the mean of all samples of its prompt", LIU),
-        _at("golden_eight", "3 of 8 right: .625 and -.375", "oracles 5.3; Relax #174", EIGHT,
-            lambda c, o: _by_outcome(0.625, -0.375)),
-        _at("golden_pair", "two samples: half the difference, both ways", "oracles R3", [[2.0, 0.5]],
+        at("golden_eight", "3 of 8 right: .625 and -.375", "oracles 5.3; Relax #174", EIGHT,
+            lambda c, o: by_outcome(0.625, -0.375)),
+        at("golden_pair", "two samples: half the difference, both ways", "oracles R3", [[2.0, 0.5]],
             lambda c, o: [0.75, -0.75]),
         *_slopes(lambda n: 1 - 1 / n, lambda n: -1 / n, "oracles R3",
                  ("∂A_i/∂r_i = 1 - 1/n: the sample is part of its baseline", "∂A_i/∂r_j = -1/n")),
         *_linear_laws(),
-        _at("single_sample", "a prompt with one sample gives 0", "bugs F08, P22", [[2.5]], lambda c, o: [0.0],
+        at("single_sample", "a prompt with one sample gives 0", "bugs F08, P22", [[2.5]], lambda c, o: [0.0],
             family="limit", proves=ONE),
-        *_shared_laws(PLAIN),
+        *shared_laws(PLAIN),
     ),
 )  # fmt: skip
 
 
-def _outcomes(rights: int, n: int) -> Callable[[Case, Options], tuple[float, float]]:
-    """Closed form for rewards 1 and 0 of one prompt."""
-
-    def values(case: Case, options: Options) -> tuple[float, float]:
-        q = rights / n
-        variance = q * (1 - q) * n / (n - (options["standard deviation"] == "unbiased"))
-        inside = options["place of epsilon"] == "inside"
-        divisor = (variance + case["epsilon"]) ** 0.5 if inside else variance**0.5 + case["epsilon"]
-        return (1 - q) / divisor, -q / divisor
-
-    return values
-
-
-def _divided_by(case: Case, options: Options) -> Tensor:
-    """What the deviations of each prompt were divided by, over their deviation: [P, 1]; 1 where they are equal."""
-    ratio = torch.ones(len(case["reward"]), 1, dtype=torch.float64)
-    for p, (row, keep) in enumerate(zip(_centred(case, options), case["mask"], strict=True)):
-        with_epsilon = _spread(row[keep], case, options)
-        if bool(with_epsilon.isfinite()):
-            ratio[p] = with_epsilon / _spread(row[keep], {**case, "epsilon": 0.0}, options)
-    return ratio
-
-
-def _unit_variance() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        if f.options["taken over"] != "group":
-            return
-        got, n = f.value(case), case["mask"].sum(-1, keepdim=True)
-        degrees = n - int(f.options["standard deviation"] == "unbiased")
-        norm = got.square().sum(-1, keepdim=True).sqrt()
-        target = degrees.double().sqrt() / _divided_by(case, f.options)
-        want = torch.where(norm > 0, got / norm * target, 0.0)
-        yield Claim(case, got, "==", want, "the squares sum to n - 1 (unbiased) or n (biased), less for ε")
-
-    return Law("sum_of_squares", "identity", "the squares of a prompt's advantages sum to n - 1, or n, but for ε",
-               "oracles R5", check)  # fmt: skip
-
-
-def _bounded() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        if f.options["taken over"] != "group":
-            return
-        got, n = f.value(case), case["mask"].sum(-1, keepdim=True).double()
-        unbiased = f.options["standard deviation"] == "unbiased"
-        most = ((n - 1) / n.sqrt() if unbiased else (n - 1).sqrt()).expand_as(got)
-        yield Claim(case, got, "<=", most, "one right among n - 1 wrong has the largest advantage there is")
-        yield Claim(case, got, ">=", -most, "one wrong among n - 1 right has the smallest there is")
-
-    return Law("bounds", "limit", "no advantage is beyond (n-1)/√n (unbiased) or √(n-1) (biased)", "oracles R5", check)
-
-
-def _unit() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        power = 2 if f.options["place of epsilon"] == "inside" else 1
-        changed = {**case, "reward": 4 * case["reward"], "epsilon": 4**power * case["epsilon"]}
-        yield Claim(changed, f.value(changed), "==", f.value(case), "rewards and ε in another unit: the same")
-
-    return Law("unit", "symmetry", "the advantage has no unit", "oracles R5", check, ("epsilon",))
-
-
-def _lone_success(case: Case, options: Options) -> list[float]:
-    right, wrong = _outcomes(1, 4)(case, options)
-    return [right, wrong, wrong, wrong]
-
-
-NORMALISED_KIND = Kind(
-    name="group_normalised",
-    title="group-normalised advantages",
-    arguments=NORMALISED,
-    returns="[P, G] without unit",
-    shape=("P", "G"),
-    oracle=_normalised,
-    arrange=_arranged,
-    conventions=CONVENTIONS,
-    extra_cases=lambda: _equal_beside_unequal(epsilon=1e-4),
-    mask="mask",
-    sizes={"P": (1, 3), "G": (2, 4)},
-    laws=(
-        formula("(r_i - μ)/(σ + ε) with mean and deviation of the samples of its prompt", SHAO),
-        _at("golden_eight", "3 of 8 right: 1.207615 and -.724569 (unbiased), 1.290994 and -.774597 (biased), but for ε",
-            "oracles 5.3; Relax #174", EIGHT, lambda c, o: _by_outcome(*_outcomes(3, 8)(c, o))),
-        _at("golden_pair", "1 and 0: ±.707107 (unbiased) or ±1 (biased), but for ε", "oracles 1.2", [[1.0, 0.0]],
-            lambda c, o: list(_outcomes(1, 2)(c, o))),
-        _at("lone_success", "one right of four: 1.5 and -.5 (unbiased), 1.732051 and -.577350 (biased), but for ε",
-            "oracles 1.2, 5.4 (13)", [[1.0, 0.0, 0.0, 0.0]], _lone_success),
-        relation("negation", "symmetry", "rewards times -1: the advantage times -1", "oracles R5",
-                 lambda c: {**c, "reward": -c["reward"]}, lambda v, c, f: -v),
-        _unit(),
-        _unit_variance(),
-        _bounded(),
-        _at("single_sample", "a prompt with one sample gives 0", "bugs F08: the deviation of one number is NaN",
-            [[2.5]], lambda c, o: [0.0], family="limit", proves=ONE),
-        *_shared_laws(NORMALISED),
-    ),
-)  # fmt: skip
-
-KINDS = (RLOO, CENTRED, NORMALISED_KIND)
+KINDS = (RLOO, CENTRED)

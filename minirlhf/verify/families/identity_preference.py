@@ -24,12 +24,12 @@ from minirlhf.verify.families.pair_laws import (
 )
 from minirlhf.verify.families.pairs import (
     BOTH,
-    EXTREME,
     GOLDEN_PAIR,
     LENGTH_PAIR,
     LENGTHS,
     PAIR,
     REFERENCE,
+    extreme_pairs,
     labelled_pairs,
     moved,
     pair_case,
@@ -102,9 +102,8 @@ def _zero_at_the_target() -> Law:
         yield Claim(there, f.value(there), "==", f.reduced(zero, case), "0 at h = 1/(2τ)")
         yield Claim(there, f.grad(there, "chosen_logp"), "==", zero, "and flat", wrt="chosen_logp")
 
-    return Law(
-        "zero_at_the_target", "limit", "0, with no gradient, where h = 1/(2τ)", "oracles I1; TRL #1615", check
-    )
+    statement = "0, with no gradient, where h = 1/(2τ)"
+    return Law("zero_at_the_target", "limit", statement, "oracles I1; TRL #1615", check)
 
 
 def _curvature() -> Law:
@@ -156,8 +155,9 @@ def _optimum_of_averages() -> Law:
 
 def _ipo_laws(*arguments: Argument) -> tuple[Law, ...]:
     """The laws of a parabola in h, whatever h is divided by."""
-    ones = {} if arguments == (*PAIR, TAU) else {n: torch.ones(1, dtype=torch.int64) for n in LENGTHS}
-    unit = {} if not ones else {"side_length": torch.ones(3, dtype=torch.int64)}
+    lengths = [a.name for a in arguments if a.name in LENGTHS]
+    ones = {name: torch.ones(1, dtype=torch.int64) for name in lengths}
+    unit = {"side_length": torch.ones(3, dtype=torch.int64)} if lengths else {}
     return (
         formula("the loss of each pair is (h - 1/(2τ))²", AZAR),
         golden("golden_pair", GOLDEN_PAIR | ones | {"tau": 0.1}, [1.0],
@@ -176,16 +176,16 @@ def _ipo_laws(*arguments: Argument) -> tuple[Law, ...]:
         least_at_a_tie(lambda c, f: column(1 / (2 * c["tau"]) ** 2), "convex in h"),
         calibrated(lambda c, f: 0.5 + c["tau"] * _margin(c, f.options),
                    "the expected gradient is 0 at h = (p - ½)/τ", "oracles I2"),
-        stationary("population_optimum", arguments, lambda: labelled_pairs(_optimum(0.5, torch.ones(3)),
-                                                                           ref_side_logp=REFERENCE, tau=0.5,
-                                                                           **unit),
+        stationary("population_optimum", arguments,
+                   lambda: labelled_pairs(_optimum(0.5, torch.ones(3)), ref_side_logp=REFERENCE, tau=0.5,
+                                          **unit),
                    "on all pairs y, y' ~ μ the optimum is π ∝ π_ref e^(p(y ≻ μ)/τ)", "oracles I3"),
         relation("scale", "symmetry", "every log-prob twice and τ half: four times the loss", AZAR,
                  lambda c: c | {a.name: 2 * c[a.name] for a in PAIR} | {"tau": c["tau"] / 2},
                  lambda v, c, f: 4 * v, needs=("tau",)),
         *same_shift_laws(),
         finite_at("stable", "margins of ±10,000 are squared, not clipped", "P21: numeric range",
-                  lambda: [pair_case(h, tau=0.5) | ones for h in EXTREME], gradients=BOTH),
+                  lambda: [case | ones for case in extreme_pairs(tau=0.5)], gradients=BOTH),
         *batch_laws(arguments),
         *numeric_laws([a.name for a in PAIR]),
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _measured_tau(ask: Ask) -> float | None:
     """Reads τ off a subject that has it built in: 1/(4τ²) at h = 0, in units of half the curvature."""
     ones = {name: torch.ones(1, dtype=torch.int64) for name in LENGTHS}
     less, tie, more = (ask(pair_case(h, tau=1.0) | ones) for h in (-1.0, 0.0, 1.0))
-    return ((less + more - 2 * tie) / (8 * tie)) ** 0.5
+    return ((less + more - 2 * tie) / (8 * tie)) ** 0.5 if less + more > 2 * tie > 0 else None
 
 
 def _real(case: Case) -> Case:

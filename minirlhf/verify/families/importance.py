@@ -1,4 +1,4 @@
-"""Weights for tokens that another policy sampled: the importance ratio cut at a cap, or masked outside of a band."""
+"""Weights for tokens that another policy sampled: the ratio, cut at a cap or masked outside of a band."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,30 +19,40 @@ from minirlhf.verify.laws import (
     numeric_laws,
     table,
 )
-from minirlhf.verify.token_laws import counted, no_gradient, token_order
+from minirlhf.verify.token_laws import counted, nan_not_passed_on, no_gradient, token_order
 
 IONIDES = "Ionides 2008, Truncated Importance Sampling; Yao et al. 2025, off-policy RL training"
 ICEPOP = "Ling Team 2025, IcePop (arXiv:2510.18855)"
 BEHAVIOUR_NAMES = ("behavior_logp", "behaviour_log_probs", "behavior_log_probs", "behaviour_logprobs",
-                   "behavior_logprobs", "rollout_log_probs", "rollout_log_prob", "rollout_logprobs", "rollout_logps",
+                   "behavior_logprobs", "rollout_log_probs", "rollout_log_prob", "rollout_logprobs",
+                   "rollout_logps",
                    "sampling_logps", "sampling_per_token_logps", "sampling_logprobs", "sampler_logprobs",
-                   "generation_logprobs", "inference_logprobs", "inference_logp", "vllm_logprobs", "vllm_logps",
+                   "generation_logprobs", "inference_logprobs", "inference_logp", "vllm_logprobs",
+                   "vllm_logps",
                    "actor_logprobs", "mu_logp", "mu_logprobs", "logp_mu", "b_logp")  # fmt: skip
 TRAINED = LOGP._replace(synonyms=(*LOGP_NAMES, "trainer_logprobs", "training_logprobs", *OLD_NAMES))
-BEHAVIOUR = OLD._replace(name="behaviour_logp", meaning="log π_behaviour of the same tokens, which it sampled",
+BEHAVIOUR = OLD._replace(name="behaviour_logp",
+                         meaning="log π_behaviour of the same tokens, which it sampled",
                          synonyms=(*BEHAVIOUR_NAMES, *OLD_NAMES))  # fmt: skip
 TOKENS = (TRAINED, BEHAVIOUR, MASK)
 CAP = Argument("cap", (), Numbers((2.0, 1.5, 4.0), usual=(2.0, 5.0, 1.0)), "C > 0, the largest weight",
-               synonyms=("tis_cap", "tis_imp_ratio_cap", "importance_sampling_cap", "vllm_importance_sampling_cap",
-                         "imp_ratio_cap", "is_cap", "max_weight", "max_ratio", "truncation", "threshold", "is_threshold",
-                         "rollout_is_threshold", "rho_max", "c_max", "clip_max", "clip", "upper", "max_is"))  # fmt: skip
+               synonyms=("tis_cap", "tis_imp_ratio_cap", "importance_sampling_cap",
+                         "vllm_importance_sampling_cap",
+                         "imp_ratio_cap", "is_cap", "max_weight", "max_ratio", "truncation", "threshold",
+                         "is_threshold",
+                         "rollout_is_threshold", "rho_max", "c_max", "clip_max", "clip", "upper",
+                         "max_is"))  # fmt: skip
 LOW = Argument("low", (), Numbers((0.5, 0.25, 0.8), usual=(0.5, 0.8, 0.0)), "the smallest ratio that is kept",
-               synonyms=("lower", "lower_bound", "min_ratio", "min_weight", "low_threshold", "threshold_low", "mask_low",
+               synonyms=("lower", "lower_bound", "min_ratio", "min_weight", "low_threshold", "threshold_low",
+                         "mask_low",
                          "rollout_is_threshold_lower", "icepop_low", "alpha", "clip_low", "ratio_low",
                          "low_bound"))  # fmt: skip
-HIGH = Argument("high", (), Numbers((2.0, 3.0, 1.25), usual=(2.0, 5.0, 1.2)), "the largest ratio that is kept",
-                synonyms=("upper", "upper_bound", "max_ratio", "max_weight", "high_threshold", "threshold_high",
-                          "mask_high", "rollout_is_threshold", "icepop_high", "beta", "clip_high", "ratio_high",
+HIGH = Argument("high", (), Numbers((2.0, 3.0, 1.25), usual=(2.0, 5.0, 1.2)),
+                "the largest ratio that is kept",
+                synonyms=("upper", "upper_bound", "max_ratio", "max_weight", "high_threshold",
+                          "threshold_high",
+                          "mask_high", "rollout_is_threshold", "icepop_high", "beta", "clip_high",
+                          "ratio_high",
                           "high_bound", "cap", "threshold"))  # fmt: skip
 LEVELS = {
     "token": "the ratio of each token",
@@ -106,7 +116,13 @@ def _one(cap_name: str) -> Law:
         want = counted(torch.full_like(case["logp"], min(1.0, most)), case)
         yield Claim(same, f.value(same), "==", want, "the policies agree: a weight of 1")
 
-    return Law("one_where_policies_agree", "limit", "1 where both policies give the same probability", "oracles T3", check)
+    return Law(
+        "one_where_policies_agree",
+        "limit",
+        "1 where both policies give the same probability",
+        "oracles T3",
+        check,
+    )
 
 
 def _single(rho: Tensor, **numbers: float) -> Case:
@@ -164,7 +180,9 @@ def _stable(size: float) -> Callable[[Probed, Case], Iterator[Claim]]:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         for log_ratio in (size, -size):
             there = {**case, "logp": case["behaviour_logp"] + log_ratio}
-            yield Claim(there, f.value(there), "==", f.expected(there), f"at log ratios of ±{size:g} as anywhere")
+            yield Claim(
+                there, f.value(there), "==", f.expected(there), f"at log ratios of ±{size:g} as anywhere"
+            )
 
     return check
 
@@ -172,7 +190,8 @@ def _stable(size: float) -> Callable[[Probed, Case], Iterator[Claim]]:
 def _numeric() -> tuple[Law, Law]:
     return (
         Law("stable", "numeric", "right at log ratios of ±19", "bugs P21", _stable(19.0)),
-        Law("no_overflow", "numeric", "right at log ratios of ±800", "bugs E14: exp overflows, inf · 0 is NaN",
+        Law("no_overflow", "numeric", "right at log ratios of ±800",
+            "bugs E14: exp overflows, inf · 0 is NaN",
             _stable(800.0), proves="log ratios of ±800"),
     )  # fmt: skip
 
@@ -212,30 +231,38 @@ TRUNCATED = Kind(
     measure={"cap": _measured_cap},
     laws=(
         formula("the weight of each token is min(ρ, C)", IONIDES),
-        golden("golden_weights", {"logp": table([0.0], [0.0], [-1.0]), "behaviour_logp": table([-0.5], [-3.0], [0.0]),
+        golden("golden_weights", {"logp": table([0.0], [0.0], [-1.0]),
+                                  "behaviour_logp": table([-0.5], [-3.0], [0.0]),
                                   "mask": torch.ones(3, 1, dtype=torch.bool), "cap": 2.0},
                table([1.648721], [2.0], [0.367879]), "log ratios .5, 3, -1 at C = 2", IONIDES),
         no_gradient("logp", "oracles T3: the weight is detached"),
-        no_gradient("behaviour_logp", "oracles T3: the weight is detached"),
-        bounded("at_most_the_cap", "limit", "no weight exceeds C", "oracles T2: kills a mask of sequences for a cap",
+        no_gradient("behaviour_logp", "oracles T3: the weight is detached", proves="detached behaviour_logp"),
+        bounded("at_most_the_cap", "limit", "no weight exceeds C",
+                "oracles T2: kills a mask of sequences for a cap",
                 "<=", lambda c, f: torch.tensor(c["cap"]).double()),
         bounded("not_negative", "limit", "no weight is negative", "a ratio of probabilities", ">=",
                 lambda c, f: torch.zeros((), dtype=torch.float64)),
         _one("cap"),
         Law("single_tokens", "limit", "on sequences of one token: min(ρ, C), near the cap too",
             "oracles T5: token and sequence weight agree there", _single_tokens, ("cap",)),
-        Law("increasing", "symmetry", "a likelier token weighs no less", "min(·, C) is monotone", _increasing),
-        Law("without_cap", "limit", "as C grows, the importance ratio", "oracles T3: TIS(C = inf) = IS", _wider, ("cap",)),
-        Law("expected_weight", "identity", "without a cap the expected weight is 1", "oracles T1, T5", _unbiased(None),
+        Law("increasing", "symmetry", "a likelier token weighs no less", "min(·, C) is monotone",
+            _increasing),
+        Law("without_cap", "limit", "as C grows, the importance ratio", "oracles T3: TIS(C = inf) = IS",
+            _wider, ("cap",)),
+        Law("expected_weight", "identity", "without a cap the expected weight is 1", "oracles T1, T5",
+            _unbiased(None),
             cases=lambda: [_vocabulary(cap=1e6)]),
-        Law("expected_truncated", "identity", "with a cap the expected weight is at most 1", "oracles T2", _unbiased(1.0),
+        Law("expected_truncated", "identity", "with a cap the expected weight is at most 1", "oracles T2",
+            _unbiased(1.0),
             cases=lambda: [_vocabulary(cap=1.5)]),
-        invariance("shift_of_both", "symmetry", "a constant added to both log-probs changes nothing", "oracles P9",
+        invariance("shift_of_both", "symmetry", "a constant added to both log-probs changes nothing",
+                   "oracles P9",
                    _shifted),
         *_numeric(),
         token_order(TOKENS),
         *batch_laws(TOKENS),
         *mask_laws(TOKENS, differentiable=()),
+        nan_not_passed_on(TOKENS),
         empty_row_law(TOKENS),
         *numeric_laws(("logp", "behaviour_logp")),
     ),
@@ -249,7 +276,9 @@ def _band_of_single_tokens(f: Probed, case: Case) -> Iterator[Claim]:
     there = _single(rho, low=low, high=high)
     weight = torch.ones_like(rho) if f.options["level"] == "one" else rho
     want = torch.where((rho >= low) & (rho <= high), weight, 0.0)[:, None]
-    yield Claim(there, f.value(there), "==", want, "inside of [low, high] the ratio, outside 0; not the limit")
+    yield Claim(
+        there, f.value(there), "==", want, "inside of [low, high] the ratio, outside 0; not the limit"
+    )
 
 
 _GOLDEN_BAND: Case = {
@@ -262,7 +291,8 @@ _GOLDEN_BAND: Case = {
 
 
 def _golden_band(f: Probed, case: Case) -> Iterator[Claim]:
-    want = table([1.0], [0.0], [0.0], [1.0]) if f.options["level"] == "one" else table([1.648721], [0.0], [0.0], [0.818731])  # fmt: skip
+    ratios = (1.0, 1.0) if f.options["level"] == "one" else (1.648721, 0.818731)
+    want = table([ratios[0]], [0.0], [0.0], [ratios[1]])
     yield Claim(case, f.value(case), "==", want, "the ratio inside of the band, 0 outside", loose=1e3)
 
 
@@ -315,30 +345,37 @@ MASKED = Kind(
     measure={"low": _measured_end(0.0, -12.0), "high": _measured_end(0.0, 12.0)},
     laws=(
         formula("the weight of each token is ρ if low <= ρ <= high, else 0", ICEPOP),
-        Law("golden_weights", "value", "log ratios .5, 3, -1, -.2 in [.5, 2]: 1.6487, 0, 0, .8187 (or 1, 0, 0, 1)",
+        Law("golden_weights", "value",
+            "log ratios .5, 3, -1, -.2 in [.5, 2]: 1.6487, 0, 0, .8187 (or 1, 0, 0, 1)",
             ICEPOP, _golden_band, cases=lambda: [_GOLDEN_BAND]),
         no_gradient("logp", "oracles T3: the weight is detached"),
-        no_gradient("behaviour_logp", "oracles T3: the weight is detached"),
+        no_gradient("behaviour_logp", "oracles T3: the weight is detached", proves="detached behaviour_logp"),
         Law("band_of_single_tokens", "limit", "on sequences of one token: ρ inside of the band, 0 outside",
             "oracles T4", _band_of_single_tokens, ("low", "high")),
-        Law("zero_or_ratio", "limit", "a weight is 0 or the whole ratio", "oracles T4: icepop weight in {0, ρ}",
+        Law("zero_or_ratio", "limit", "a weight is 0 or the whole ratio",
+            "oracles T4: icepop weight in {0, ρ}",
             _zero_or_ratio),
-        Law("at_most_high", "limit", "where tokens are looked at, no weight exceeds the upper limit", ICEPOP, _bounded),
+        Law("at_most_high", "limit", "where tokens are looked at, no weight exceeds the upper limit", ICEPOP,
+            _bounded),
         bounded("not_negative", "limit", "no weight is negative", "a ratio of probabilities", ">=",
                 lambda c, f: torch.zeros((), dtype=torch.float64)),
         _one("high"),
-        Law("open_band", "limit", "with a band without limits, the importance ratio", "oracles T3", _open_band,
+        Law("open_band", "limit", "with a band without limits, the importance ratio", "oracles T3",
+            _open_band,
             ("low", "high")),
         Law("wider_band", "symmetry", "a wider band keeps no less", ICEPOP, _narrower, ("low", "high")),
-        Law("expected_weight", "identity", "in a band that holds all ratios the expected weight is 1", "oracles T1, T5",
+        Law("expected_weight", "identity", "in a band that holds all ratios the expected weight is 1",
+            "oracles T1, T5",
             lambda f, c: _unbiased(None)(f, c) if f.options["level"] != "one" else iter(()),
             cases=lambda: [_vocabulary(low=1e-6, high=1e6)]),
-        invariance("shift_of_both", "symmetry", "a constant added to both log-probs changes nothing", "oracles P9",
+        invariance("shift_of_both", "symmetry", "a constant added to both log-probs changes nothing",
+                   "oracles P9",
                    _shifted),
         *_numeric(),
         token_order(TOKENS),
         *batch_laws(TOKENS),
         *mask_laws(TOKENS, differentiable=()),
+        nan_not_passed_on(TOKENS),
         empty_row_law(TOKENS),
         *numeric_laws(("logp", "behaviour_logp")),
     ),

@@ -17,7 +17,6 @@ from minirlhf.verify.families.one_step import (
     TANG,
     TOKENS,
     beta_of,
-    close,
     each_value,
     kl,
     kl_gradient,
@@ -28,6 +27,8 @@ from minirlhf.verify.families.one_step import (
     one_token,
     rounded,
     score_gradient,
+    score_matrix,
+    weighed,
     wide_log_ratios,
 )
 from minirlhf.verify.kinds import Case, Claim, Convention, Kind, Law, Options, Probed
@@ -54,10 +55,11 @@ def _reward(case: Case, options: Options) -> Tensor:
 def _expected_policy_gradient() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         policy, ref = laws_of(case)
-        got, want = score_gradient(each_value(f, case), policy), -beta_of(case) * kl_gradient(policy, ref)
+        values = each_value(f, case)
+        got, want = score_gradient(values, policy), -beta_of(case) * kl_gradient(policy, ref)
         repels = " (it pushes the policy away)" if bool((got * want).sum() <= 0) else ""
         why = f"over all tokens E[reward ∇log π] is {rounded(got)}{repels}, -∇KL(π‖π_ref) is {rounded(want)}"
-        yield Claim(case, close(got, want), "holds", None, why)
+        yield weighed(f, case, score_matrix(policy), values, want, why)
 
     return Law(
         "expected_policy_gradient",
@@ -129,12 +131,11 @@ def _tilted() -> Law:
     optimum = torch.log_softmax(ref + rewards, dim=0)
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        got = rewards[:, 0] + each_value(f, case) / beta_of(case)
-        want = (ref + rewards)[:, 0].logsumexp(0).expand(3)
-        why = (
-            f"score and penalty of each token of the optimum: {rounded(got)}; in truth all {rounded(want)[0]}"
-        )
-        yield Claim(case, close(got, want), "holds", None, why)
+        values = each_value(f, case)
+        total = rounded(rewards[:, 0] + values / beta_of(case))
+        want = -beta_of(case) * (rewards[:, 0] - (ref + rewards)[:, 0].logsumexp(0))
+        why = f"score and penalty together are {total}, at the optimum they are the same for all"
+        yield weighed(f, case, torch.eye(3, dtype=torch.float64), values, want, why)
 
     return Law(
         "optimum",

@@ -30,6 +30,8 @@ from minirlhf.verify.families.one_step import (
     one_token,
     rounded,
     score_gradient,
+    score_matrix,
+    weighed,
     wide_log_ratios,
 )
 from minirlhf.verify.kinds import Case, Claim, Convention, Kind, Law, Options, Probed
@@ -67,7 +69,8 @@ def _named_gradient(f: Probed) -> tuple[str, str]:
 def _expected_gradient() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         policy, ref = laws_of(case)
-        got = score_gradient(each_slope(f, case), policy)
+        slopes = each_slope(f, case)
+        got = score_gradient(slopes, policy)
         form, name = _named_gradient(f)
         want = beta_of(case) * (policy - ref if form == "k3" else kl_gradient(policy, ref))
         if not bool(got.abs().max() > 1e-9):
@@ -76,7 +79,7 @@ def _expected_gradient() -> Law:
             why = "over all tokens the gradient raises the KL"
         else:
             why = f"over all tokens the gradient is {rounded(got)}, ∇{name} is {rounded(want)}"
-        yield Claim(case, close(got, want), "holds", None, why, wrt="logp")
+        yield weighed(f, case, score_matrix(policy), slopes, want, why, wrt="logp")
 
     return Law(
         "expected_gradient",
@@ -110,8 +113,10 @@ def _pulls_back() -> Law:
 def _still_at_reference() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         policy, _ = laws_of(case)
-        got = score_gradient(each_slope(f, {**case, "ref_logp": case["logp"]}), policy)
-        yield Claim(case, close(got, torch.zeros_like(got)), "holds", None, "π = π_ref is a stationary point")
+        at = {**case, "ref_logp": case["logp"]}
+        why = "π = π_ref is a stationary point"
+        slopes, want = each_slope(f, at), torch.zeros_like(policy)
+        yield weighed(f, at, score_matrix(policy), slopes, want, why, wrt="logp")
 
     return Law(
         "stationary_at_reference",

@@ -42,12 +42,16 @@ from minirlhf.verify.token_laws import counted, micro_batches, token_order, weig
 CHAIN = "the chain rule, log π(y|x) = Σ log π(yₜ|x, y₍<t₎)"
 ANY_ID = "any id under the mask"
 LOGITS = Argument("logits", ("B", "T", "V"), Reals(-4.0, 4.0), "z of each position",
-                  synonyms=("logit", "lm_logits", "output_logits", "scores", "policy_logits", "all_logits"))  # fmt: skip
+                  synonyms=("logit", "lm_logits", "output_logits", "scores", "policy_logits",
+                            "all_logits"))  # fmt: skip
 TOKENS = Argument("tokens", ("B", "T"), Counts(0, 11), "the id of each token",
-                  synonyms=("labels", "label", "input_ids", "ids", "token_ids", "targets", "target", "index", "actions",
+                  synonyms=("labels", "label", "input_ids", "ids", "token_ids", "targets", "target", "index",
+                            "actions",
                             "sequences", "output_ids", "label_ids", "indices", "completion_ids"))  # fmt: skip
-TEMPERATURE = Argument("temperature", (), Numbers((0.5, 2.0, 1.3)), "τ > 0, which divides the logits", optional=True,
-                       neutral=lambda case: 1.0, synonyms=("temp", "tau", "t", "sampling_temperature"))  # fmt: skip
+TEMPERATURE = Argument("temperature", (), Numbers((0.5, 2.0, 1.3)), "τ > 0, which divides the logits",
+                       optional=True,
+                       neutral=lambda case: 1.0,
+                       synonyms=("temp", "tau", "t", "sampling_temperature"))  # fmt: skip
 
 
 def _arguments(shift: int) -> tuple[Argument, ...]:
@@ -56,7 +60,8 @@ def _arguments(shift: int) -> tuple[Argument, ...]:
         mask[:, :shift] = False
         return mask
 
-    mask = Argument("mask", ("B", "T"), Mask(), "True = counts" + ", False at slot 0" * shift, neutral=everywhere,
+    mask = Argument("mask", ("B", "T"), Mask(), "True = counts" + ", False at slot 0" * shift,
+                    neutral=everywhere,
                     synonyms=MASK_NAMES)  # fmt: skip
     return (LOGITS, TOKENS, mask, TEMPERATURE)
 
@@ -99,9 +104,10 @@ def _total(f: Probed, single: Case) -> Tensor:
 
 def _footprint(shift: int) -> Callable[[Probed, Case], Iterator[Claim]]:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        got = f.grad(case, "logits").abs().sum(-1) > 1e-12
-        why = "the logits that have a gradient are those that predict a token under the mask"
-        yield Claim(case, got == _read(case, shift), "holds", None, why, wrt="logits")
+        got = f.grad(case, "logits").abs().sum(-1).gt(1e-12).double()
+        why = "1 where logits have a gradient: where they predict a token under the mask"
+        take = ".abs().sum(-1).gt(1e-12).double()"
+        yield Claim(case, got, "==", _read(case, shift).double(), why, wrt="logits", take=take)
 
     return check
 
@@ -127,7 +133,9 @@ def _normalised(shift: int) -> Callable[[Probed, Case], Iterator[Claim]]:
         vocabulary, width = case["logits"].shape[-1], 2 + shift
         ids = torch.cartesian_prod(torch.arange(vocabulary), torch.arange(vocabulary))
         tokens = torch.cat([torch.zeros(len(ids), shift, dtype=torch.int64), ids], 1)
-        logits = torch.stack([case["logits"][0, 0], case["logits"][-1, -1].flip(0), case["logits"][0, -1] * 0.5])[:width]
+        logits = torch.stack(
+            [case["logits"][0, 0], case["logits"][-1, -1].flip(0), case["logits"][0, -1] * 0.5]
+        )[:width]
         mask = torch.ones(1, width, dtype=torch.bool)
         mask[:, :shift] = False
         there = case | {"logits": logits[None], "mask": mask}
@@ -150,7 +158,11 @@ def _concatenation(f: Probed, case: Case) -> Iterator[Claim]:
 
 def _unread(shift: int, filler: float | None) -> Callable[[Probed, Case], Iterator[Claim]]:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        other = (7.3 * case["logits"] + 1).sin() * 5 if filler is None else torch.full_like(case["logits"], filler)
+        other = (
+            (7.3 * case["logits"] + 1).sin() * 5
+            if filler is None
+            else torch.full_like(case["logits"], filler)
+        )
         changed = case | {"logits": torch.where(_read(case, shift)[..., None], case["logits"], other)}
         why = "logits that predict no token under the mask do not matter" + (", NaN or not" if filler else "")
         yield Claim(changed, f.value(changed), "==", f.value(case), why)
@@ -259,7 +271,9 @@ def _golden(shift: int) -> tuple[Case, Tensor]:
     tokens = torch.tensor([[0] * shift + [2, 1, 0]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, :shift] = False
-    want = torch.tensor([[0.0] * shift + [math.log(5 / 8), math.log(1 / 4), math.log(1 / 8)]], dtype=torch.float64)
+    want = torch.tensor(
+        [[0.0] * shift + [math.log(5 / 8), math.log(1 / 4), math.log(1 / 8)]], dtype=torch.float64
+    )
     return {"logits": logits, "tokens": tokens, "mask": mask}, want
 
 
@@ -270,21 +284,28 @@ def _laws(shift: int) -> tuple[Law, ...]:
     case, want = _golden(shift)
     return (
         formula("log π(token) = z[token] / τ - log Σ exp(z / τ)", "oracles SL2; bugs P6: loop oracle"),
-        gradient("logits", "∂/∂z = (one-hot - softmax) / τ at the position that predicts the token", "oracles SL4"),
-        golden("golden_tokens", case, want, "tokens 2, 1, 0 under (1, 2, 5)/8 and its reverse", "oracles SL2"),
+        gradient("logits", "∂/∂z = (one-hot - softmax) / τ at the position that predicts the token",
+                 "oracles SL4"),
+        golden("golden_tokens", case, want, "tokens 2, 1, 0 under (1, 2, 5)/8 and its reverse",
+               "oracles SL2"),
         Law("footprint", "gradient", "exactly the logits that predict a token under the mask have a gradient",
             "oracles SL4; bugs P5, A01, A03, B03", _footprint(shift)),
-        Law("softmax_gradient", "gradient", "the gradient is one-hot minus softmax, so that it sums to 0 over the tokens",
+        Law("softmax_gradient", "gradient",
+            "the gradient is one-hot minus softmax, so that it sums to 0 over the tokens",
             "oracles SL4", _softmax_gradient(shift)),
         Law("normalised", "identity", "over all continuations of a length the probabilities sum to 1",
             "oracles SL1; bugs A05, P6", _normalised(shift)),
-        Law("concatenation", "identity", "log π(y₁ y₂) = log π(y₁) + log π(y₂|y₁)", "oracles SL3", _concatenation),
+        Law("concatenation", "identity", "log π(y₁ y₂) = log π(y₁) + log π(y₂|y₁)", "oracles SL3",
+            _concatenation),
         bounded("at_most_0", "limit", "no log-prob is positive", "oracles SL13", "<=",
                 lambda c, f: torch.zeros((), dtype=torch.float64)),
         Law("uniform", "limit", "where all logits are alike, -log V", "oracles SL2", _uniform),
-        Law("the_token_itself", "identity", "two tokens' log-probs differ by the difference of their logits, over τ",
-            "bugs G08: the likeliest token scored; a normaliser that depends on the token", _difference(shift)),
-        invariance("vocabulary_order", "symmetry", "ids and logits permuted alike: the same", "oracles SL11; bugs P38",
+        Law("the_token_itself", "identity",
+            "two tokens' log-probs differ by the difference of their logits, over τ",
+            "bugs G08: the likeliest token scored; a normaliser that depends on the token",
+            _difference(shift)),
+        invariance("vocabulary_order", "symmetry", "ids and logits permuted alike: the same",
+                   "oracles SL11; bugs P38",
                    _permuted),
         invariance("logit_shift", "symmetry", "a constant added to the logits of a position changes nothing",
                    "oracles SL12", _offset),
@@ -292,20 +313,25 @@ def _laws(shift: int) -> tuple[Law, ...]:
             "oracles SL14; bugs G05: TRL #3029, OpenRLHF #853", _temperature, ("temperature",)),
         Law("causal", "mask", "logits that predict no counted token do not matter", "oracles SL5; bugs A02",
             _unread(shift, None), ("mask",)),
-        Law("nan_unread", "mask", "NaN where no counted token is predicted changes neither value nor gradient",
+        Law("nan_unread", "mask",
+            "NaN where no counted token is predicted changes neither value nor gradient",
             "oracles SL16; bugs B15", _unread(shift, math.nan), ("mask",), proves=NAN_SAFE),
         Law("pad_id", "mask", "the ids of tokens under the mask do not matter", "bugs P1, B01, B06",
             _other_ids(lambda c: (c["tokens"] + 1) % c["logits"].shape[-1]), ("mask",)),
-        Law("any_pad_id", "mask", "nor do ids that are no tokens", "bugs B01: -100, or the id of a larger vocabulary",
+        Law("any_pad_id", "mask", "nor do ids that are no tokens",
+            "bugs B01: -100, or the id of a larger vocabulary",
             _other_ids(lambda c: torch.full_like(c["tokens"], 10_000)), ("mask",), proves=ANY_ID),
-        Law("left_padding", "mask", "padding on the left changes nothing", "oracles SL7; bugs A13", _left_padded,
+        Law("left_padding", "mask", "padding on the left changes nothing", "oracles SL7; bugs A13",
+            _left_padded,
             ("mask",)),
         padded,
         zeros,
         empty_row_law(arguments),
-        finite_at("stable", "logits of ±10,000 and ±800 are nothing special", "bugs P21: exp overflows, softmax underflows",
+        finite_at("stable", "logits of ±10,000 and ±800 are nothing special",
+                  "bugs P21: exp overflows, softmax underflows",
                   lambda: _extreme_cases(shift, 1e4, -1e4, 800.0, -800.0), gradients=("logits",)),
-        finite_at("excluded_entries", "entries of the vocabulary at -inf leave value and gradient finite and right",
+        finite_at("excluded_entries",
+                  "entries of the vocabulary at -inf leave value and gradient finite and right",
                   "bugs L01, P21", lambda: _extreme_cases(shift, -math.inf), gradients=("logits",)),
         micro_batches(arguments),
         *batch_laws(arguments),
@@ -344,8 +370,11 @@ def _kind(name: str, title: str, shift: int, returns: str) -> Kind:
     )
 
 
-SEQUENCE_LOGP = _kind("sequence_logp", "log π of each token of a sequence: the logits of slot t - 1 predict token t", 1,
+SEQUENCE_LOGP = _kind("sequence_logp",
+                      "log π of each token of a sequence: the logits of slot t - 1 predict token t", 1,
                       "[B, T] in nats, slot 0 unused")  # fmt: skip
-TOKEN_LOGP = _kind("token_logp", "log π of each token, from logits that are aligned with the tokens", 0, "[B, T] in nats")
+TOKEN_LOGP = _kind(
+    "token_logp", "log π of each token, from logits that are aligned with the tokens", 0, "[B, T] in nats"
+)
 
 KINDS = (SEQUENCE_LOGP, TOKEN_LOGP)

@@ -9,8 +9,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Mask, Numbers, Options, Probed, Reals
-from minirlhf.verify.laws import Change, empty_row_law, formula, loosened, mask_laws, numeric_laws, relation, rows_of
+from minirlhf.verify.kinds import (
+    Argument,
+    Case,
+    Claim,
+    Convention,
+    Kind,
+    Law,
+    Mask,
+    Numbers,
+    Options,
+    Probed,
+    Reals,
+)
+from minirlhf.verify.laws import (
+    Change,
+    empty_row_law,
+    formula,
+    loosened,
+    mask_laws,
+    numeric_laws,
+    relation,
+    rows_of,
+)
 
 HUANG = "Huang et al. 2024 (arXiv:2403.17031); Ziegler et al. 2019, in its code"
 CONSTANT = "constant input"
@@ -19,29 +40,39 @@ FAR = "numbers far from 0"
 
 ARGUMENTS = (
     Argument("x", ("B", "T"), Reals(-4.0, 4.0), "one number per token",
-             synonyms=("values", "value", "xs", "tensor", "input", "advantages", "advantage", "adv", "advs", "rewards",
+             synonyms=("values", "value", "xs", "tensor", "input", "advantages", "advantage", "adv", "advs",
+                       "rewards",
                        "reward", "scores", "data", "token_level_scores", "unnormalized")),
-    Argument("mask", ("B", "T"), Mask(), "True = the token counts", neutral=lambda c: torch.ones_like(c["x"]).bool(),
-             synonyms=("masks", "response_mask", "action_mask", "loss_mask", "attention_mask", "completion_mask",
+    Argument("mask", ("B", "T"), Mask(), "True = the token counts",
+             neutral=lambda c: torch.ones_like(c["x"]).bool(),
+             synonyms=("masks", "response_mask", "action_mask", "loss_mask", "attention_mask",
+                       "completion_mask",
                        "valid_mask", "token_mask")),
-    Argument("epsilon", (), Numbers((1e-8, 1e-4, 0.25, 1e-2), usual=(1e-8, 1e-5, 1e-6, 1e-4, 1e-7, 0.0, 1e-9)),
+    Argument("epsilon", (),
+             Numbers((1e-8, 1e-4, 0.25, 1e-2), usual=(1e-8, 1e-5, 1e-6, 1e-4, 1e-7, 0.0, 1e-9)),
              "ε >= 0, which keeps constant input finite",
              synonyms=("eps", "variance_epsilon", "var_eps", "epsilon_std", "std_eps")),
 )  # fmt: skip
 CONVENTIONS = (
     Convention("standard deviation", {"unbiased": "unbiased, n - 1", "biased": "biased, n"}),
-    Convention("place of epsilon", {"inside": "added to the variance, in the root", "outside": "added to the deviation",
-                           "least": "the least variance"}),
+    Convention(
+        "place of epsilon",
+        {
+            "inside": "added to the variance, in the root",
+            "outside": "added to the deviation",
+            "least": "the least variance",
+        },
+    ),
 )
 
 
 def _arranged(case: Case) -> Case:
-    """Never constant; some batches of a small spread, where ε shows."""
+    """Never constant; some batches of a small spread, and some of a tiny one, where ε shows."""
     tokens = case["x"][case["mask"]]
     if float(tokens.max() - tokens.min()) < 0.5:
         case = {**case, "x": case["x"] + _spread_out(case["x"])}
-    small = float(case["x"][0, 0]) > 1
-    return {**case, "x": case["x"] / 1024 if small else case["x"]}
+    first = float(case["x"][0, 0])
+    return {**case, "x": case["x"] * (2.0**-10 if first > 1 else 2.0**-20 if first < -2 else 1.0)}
 
 
 def _spread_out(x: Tensor) -> Tensor:
@@ -83,8 +114,13 @@ def _rescaled(case: Case, factor: float, options: Options) -> Case:
     return {**case, "x": factor * case["x"], "epsilon": abs(factor) ** power * case["epsilon"]}
 
 
+def _shift(case: Case) -> Tensor:
+    """A constant in the unit of x: []."""
+    return 2.5 * case["x"][case["mask"]].abs().max()
+
+
 def _moved(case: Case) -> Case:
-    return {**case, "x": case["x"] + 2.5}
+    return {**case, "x": case["x"] + _shift(case)}
 
 
 def _negated(case: Case) -> Case:
@@ -109,15 +145,18 @@ def _next(x: Tensor) -> Tensor:
 
 
 def _at(name: str, family: str, statement: str, source: str, rows: list[list[float]],
-        want: Callable[[Case, Options], Tensor], *, proves: str | None = None, shown: str = "") -> Law:  # fmt: skip
-    """On these numbers the value is known, with the ε of every case; shown: what is subtracted from it first."""
+        want: Callable[[Case, Options], Tensor], *, proves: str | None = None,
+        shown: str = "") -> Law:  # fmt: skip
+    """On these numbers the value is known, with the ε of every case; shown: what is first subtracted."""
     x = torch.tensor(rows, dtype=torch.float64)
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         given = {**case, "x": x, "mask": torch.ones_like(x).bool()}
         got, target = f.value(given), want(given, f.options)
         shift = float(shown or 0.0)
-        yield Claim(given, got - shift, "==", target - shift, statement, loose=1e2, take=shown and f" - {shown}")
+        yield Claim(
+            given, got - shift, "==", target - shift, statement, loose=1e2, take=shown and f" - {shown}"
+        )
 
     return Law(name, family, statement, source, check, proves=proves)
 
@@ -135,7 +174,9 @@ def _ordered() -> Law:
         keep = case["mask"]
         x, got = case["x"][keep], f.value(case)[keep]
         above, rise = x[:, None] > x[None, :], got[:, None] - got[None, :]
-        right = torch.where(above, rise > 0, True) & torch.where(x[:, None] == x[None, :], rise.abs() < 1e-4, True)
+        right = torch.where(above, rise > 0, True) & torch.where(
+            x[:, None] == x[None, :], rise.abs() < 1e-4, True
+        )
         yield Claim(case, right, "holds", None, "of two tokens the larger stays the larger")
 
     return Law("strictly_increasing", "symmetry", "the order of the tokens is kept",
@@ -153,9 +194,12 @@ def _variance(result: Callable[[Case, Tensor], Tensor]) -> Law:
         # 1, but for ε: σ over what is divided by.
         target = _deviation({**case, "epsilon": 0.0}, f.options) / _deviation(case, f.options)
         unit = torch.where(keep, (got - got[keep].mean()) / spread * target, 0.0)
-        yield Claim(case, got, "==", result(case, unit), "the same numbers, brought to variance 1 (less for ε)")
+        yield Claim(
+            case, got, "==", result(case, unit), "the same numbers, brought to variance 1 (less for ε)"
+        )
 
-    return Law("variance_one", "identity", "the variance over the tokens that count is 1, but for ε", "oracles W1, W6",
+    return Law("variance_one", "identity", "the variance over the tokens that count is 1, but for ε",
+               "oracles W1, W6",
                check)  # fmt: skip
 
 
@@ -187,16 +231,18 @@ def shared_laws(moves: bool) -> tuple[Law, ...]:
         return case["x"] if moves else torch.zeros_like(case["x"])
 
     def follows(v: Tensor, case: Case, f: Probed) -> Tensor:
-        return torch.where(case["mask"], v + 2.5, 0.0) if moves else v
+        return torch.where(case["mask"], v + _shift(case), 0.0) if moves else v
 
     moved = "x plus a constant: the result plus it" if moves else "x plus a constant: the same"
     return (
         relation("shift", "symmetry", moved, "oracles W2", _moved, follows),
-        relation("negation", "symmetry", "-x gives minus the result", "oracles W3", _negated, lambda v, c, f: -v),
+        relation("negation", "symmetry", "-x gives minus the result", "oracles W3", _negated, lambda v, c,
+                 f: -v),
         _ordered(),
         _whole_batch("one_row", "the batch written as one row gives the same: one mean, one deviation",
                      "oracles W8: over the batch, not per row", _in_one_row),
-        _whole_batch("one_column", "the batch written as one column gives the same", "bugs B22: OpenRLHF #1250",
+        _whole_batch("one_column", "the batch written as one column gives the same",
+                     "bugs B22: OpenRLHF #1250",
                      _in_one_column),
         _whole_batch("places", "which place of the batch a token has does not matter", "oracles W8", _rolled),
         _order_of_rows(),
@@ -204,10 +250,10 @@ def shared_laws(moves: bool) -> tuple[Law, ...]:
             "oracles W7", [[1.5] * 4, [1.5] * 4], constant, proves=CONSTANT),
         _at("single_token", "limit", "a single token gives " + ("itself" if moves else "0"),
             "oracles W9; TRL's masked_var raises", [[2.0]], constant, proves=SINGLE),
-        _at("far_from_zero", "numeric", "numbers around 10⁷ keep their differences",
-            "E[x²] - E[x]² cancels", [[1e7, 1e7 + 2], [1e7 + 2, 1e7]],
-            lambda c, o: _unit(c, o, [[-1.0, 1.0], [1.0, -1.0]]) + (1e7 + 1 if moves else 0.0), proves=FAR,
-            shown="1e7" if moves else ""),
+        _at("far_from_zero", "numeric", "numbers around 10⁸ keep their differences",
+            "E[x²] - E[x]² cancels", [[1e8, 1e8 + 2], [1e8 + 2, 1e8]],
+            lambda c, o: _unit(c, o, [[-1.0, 1.0], [1.0, -1.0]]) + (1e8 + 1 if moves else 0.0), proves=FAR,
+            shown="1e8" if moves else ""),
         *mask_laws(ARGUMENTS, differentiable=()),
         empty_row_law(ARGUMENTS),
         *numeric_laws(["x"]),
@@ -247,9 +293,13 @@ def _scaling(moves: bool) -> Law:
         changed = _rescaled(case, 4.0, f.options)
         shift = 3.0 * _mean(case) if moves else 0.0
         want = torch.where(case["mask"], f.value(case) + shift, 0.0)
-        yield Claim(changed, f.value(changed), "==", want, "x and ε in another unit: the deviations are the same")
+        yield Claim(
+            changed, f.value(changed), "==", want, "x and ε in another unit: the deviations are the same"
+        )
 
-    return Law("unit", "symmetry", "the result, about its mean, has no unit", "oracles W2", check, ("epsilon",))
+    return Law(
+        "unit", "symmetry", "the result, about its mean, has no unit", "oracles W2", check, ("epsilon",)
+    )
 
 
 _RAMP = [[-(1.5**0.5), 0.0, 1.5**0.5]]
@@ -272,7 +322,8 @@ WHITEN = Kind(
         _at("rows_are_compared", "value", "rows (1, 1) and (3, 3): one below the mean, the other above",
             "oracles W8: statistics per row give 0", [[1.0, 1.0], [3.0, 3.0]],
             lambda c, o: _unit(c, o, [[-1.0, -1.0], [1.0, 1.0]])),
-        _mean_law("mean_zero", "the mean over the tokens that count is 0", "oracles W1; bugs F11: pytorch-cpp-rl #14",
+        _mean_law("mean_zero", "the mean over the tokens that count is 0",
+                  "oracles W1; bugs F11: pytorch-cpp-rl #14",
                   lambda c: torch.zeros((), dtype=c["x"].dtype)),
         _variance(lambda case, unit: unit),
         _scaling(False),
@@ -294,7 +345,8 @@ SCALE_ONLY = Kind(
     sizes={"B": (2, 3)},
     laws=_seven_digits(
         formula("μ + (x - μ)/σ over all tokens of the batch that count", HUANG),
-        _at("golden_ramp", "value", "an even ramp around 6: 5, 6, 7 (unbiased) or 6 ∓ 1.224745", "closed form",
+        _at("golden_ramp", "value", "an even ramp around 6: 5, 6, 7 (unbiased) or 6 ∓ 1.224745",
+            "closed form",
             [[6 + x for x in _RAMP[0]]], lambda c, o: 6 + _unit(c, o, _RAMP)),
         _at("rows_are_compared", "value", "rows (2, 2) and (4, 4): the mean stays 3, the rows stay apart",
             "oracles W8: statistics per row change nothing", [[2.0, 2.0], [4.0, 4.0]],

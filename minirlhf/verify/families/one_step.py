@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minirlhf.verify.kinds import Argument, Ask, Case, Mask, Numbers, Probed, Reals
+from minirlhf.verify.kinds import Argument, Ask, Case, Claim, Mask, Numbers, Probed, Reals
 from minirlhf.verify.laws import rows_of, table
 
 LOGP_NAMES = tuple(
@@ -165,7 +165,27 @@ def each_slope(f: Probed, case: Case) -> Tensor:
 
 def score_gradient(weight: Tensor, policy: Tensor) -> Tensor:
     """E_π[w ∇_θ log π]: [V]."""
-    return policy * (weight - (policy * weight).sum())
+    return score_matrix(policy) @ weight
+
+
+def score_matrix(policy: Tensor) -> Tensor:
+    """diag π - π πᵀ, which takes w to E_π[w ∇_θ log π]: [V, V]."""
+    return torch.diag(policy) - policy[:, None] * policy
+
+
+def weighed(
+    f: Probed, case: Case, matrix: Tensor, each: Tensor, want: Tensor, why: str, *, wrt: str | None = None
+) -> Claim:
+    """The claim that matrix @ each is `want`, where `each` is what the subject gave token by token.
+
+    In a script it is one call on all tokens, where the subject keeps a result for each, as a gradient does.
+    """
+    got = matrix @ each.double()
+    if wrt is None and not f.per_element:
+        return Claim(case, close(got, want), "holds", None, why)
+    weight = f.reduced(torch.ones_like(case["logp"]), case).sum() / len(case["logp"])
+    take = f".double().mT @ tensor({(matrix.mT / weight).tolist()}, dtype=torch.float64)"
+    return Claim(case, got[None], "==", want[None], why, wrt=wrt, take=take, loose=1e2)
 
 
 def kl(policy: Tensor, ref: Tensor) -> Tensor:

@@ -113,9 +113,8 @@ def _odds_alone() -> Law:
         why = "both log-odds lower by .5: only the likelihood term changes"
         yield Claim(changed, f.value(changed), "==", f.value(case) + fewer, why)
 
-    return Law(
-        "only_odds_count", "symmetry", "log-odds moved alike leave the odds ratio as it was", HONG, check
-    )
+    statement = "log-odds moved alike leave the odds ratio as it was"
+    return Law("only_odds_count", "symmetry", statement, HONG, check)
 
 
 def _affine_in_weight() -> Law:
@@ -155,9 +154,8 @@ def _certain() -> Law:
             yield Claim(case, f.grad(case, name), "finite", None, "and so is its gradient", wrt=name)
 
     def cases() -> list[Case]:
-        single = [
-            token_pair(*pair, weight=0.1) for pair in ((-1e-8, -2.0), (0.0, -1.0), (-2.0, -1e-8), (0.0, 0.0))
-        ]
+        pairs = ((-1e-8, -2.0), (0.0, -1.0), (-2.0, -1e-8), (0.0, 0.0))
+        single = [token_pair(*pair, weight=0.1) for pair in pairs]
         return [c | {name: c[name].float() for name in BOTH} for c in single]
 
     return Law("certain_response", "numeric", "finite, gradients too, where a log-prob has rounded to 0",
@@ -185,8 +183,8 @@ ORPO = Kind(
     extra_cases=lambda: real_averages(weight=0.1),
     laws=(
         formula("the loss of each pair is -ℓ⁺ - λ log σ(log odds(ℓ⁺) - log odds(ℓ⁻))", HONG),
-        golden_by("golden_pair", token_pair(-0.7, -1.1, weight=0.1), LIKELIHOOD.name, {WITH: 0.740934,
-                                                                                       WITHOUT: 0.040934},
+        golden_by("golden_pair", token_pair(-0.7, -1.1, weight=0.1), LIKELIHOOD.name,
+                  {WITH: 0.740934, WITHOUT: 0.040934},
                   "averages (-.7, -1.1), λ = .1: .740934, of which .040934 are the odds ratio",
                   "oracles 5.3"),
         gradient("chosen_logp", "∂L/∂ℓ⁺ = -1 - λ σ(-z)/(1 - e^ℓ⁺), over |y⁺|", "oracles O1"),

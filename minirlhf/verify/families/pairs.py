@@ -48,7 +48,7 @@ PAIR = (
 _LENGTH = ("length", "lengths", "len", "lens", "tokens", "num_tokens", "n_tokens", "token_count", "size")
 LENGTH_PAIR = (
     Argument("chosen_length", ("B",), Counts(1, 8),
-             "|y⁺|, the tokens that were summed; absent: the log-probs " "come in averaged",
+             "|y⁺|, the tokens that were summed; absent: the log-probs come in averaged",
              neutral=lambda case: torch.ones_like(case["chosen_logp"], dtype=torch.int64),
              synonyms=spellings(("",), CHOSEN, _LENGTH)),
     Argument("rejected_length", ("B",), Counts(1, 8), "|y⁻|, likewise",
@@ -84,13 +84,9 @@ def softplus(x: Tensor) -> Tensor:
 
 def swapped(case: Case) -> Case:
     """Chosen and rejected exchanged, in everything that has two sides."""
-
-    def other(name: str) -> str:
-        return (
-            name.replace("chosen", "REJECTED").replace("rejected", "chosen").replace("REJECTED", "rejected")
-        )
-
-    return {name: case[other(name)] if other(name) in case else value for name, value in case.items()}
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    other = {name: "_".join(sides.get(part, part) for part in name.split("_")) for name in case}
+    return {name: case[other[name]] for name in case}
 
 
 def shifted(case: Case, amount: float | Tensor, *names: str) -> Case:
@@ -169,6 +165,19 @@ def real_pairs(**numbers: float) -> list[Case]:
     names = [argument.name for argument in PAIR]
     pair = dict(zip(names, (chosen, rejected, ref_chosen, ref_rejected), strict=True))
     return [{**pair, **numbers}]
+
+
+def extreme_pairs(**numbers: float) -> list[Case]:
+    """Margins of ±10,000 and ±800, made by policy or reference, and a small one of far log-probs."""
+    policy = [pair_case(h, **numbers) for h in EXTREME]
+    far = [shifted(pair_case(3.0, **numbers), -1e4, *(a.name for a in PAIR))]
+    return [*policy, *(_exchanged(case) for case in policy), *far]
+
+
+def _exchanged(case: Case) -> Case:
+    """Policy and reference."""
+    names = {"chosen_logp": "ref_chosen_logp", "rejected_logp": "ref_rejected_logp"}
+    return case | {a: case[b] for a, b in names.items()} | {b: case[a] for a, b in names.items()}
 
 
 def far_slopes(ask: Ask) -> tuple[float, float, float]:

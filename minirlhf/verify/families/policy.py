@@ -25,7 +25,18 @@ from minirlhf.verify.families.ratios import (
     ratio,
     scaled_advantage,
 )
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Numbers, Options, Probed, Reals
+from minirlhf.verify.kinds import (
+    Argument,
+    Case,
+    Claim,
+    Convention,
+    Kind,
+    Law,
+    Numbers,
+    Options,
+    Probed,
+    Reals,
+)
 from minirlhf.verify.laws import (
     batch_laws,
     bounded,
@@ -38,14 +49,16 @@ from minirlhf.verify.laws import (
     numeric_laws,
     table,
 )
-from minirlhf.verify.token_laws import counted, micro_batches, token_order, weights
+from minirlhf.verify.token_laws import counted, micro_batches, nan_not_passed_on, token_order, weights
 
 SCHULMAN = "Schulman et al. 2017, Eq. 7 (arXiv:1707.06347)"
 YE = "Ye et al. 2020, dual-clip PPO (arXiv:1912.09729)"
 WILLIAMS = "Williams 1992, REINFORCE; Sutton et al. 2000, the policy gradient theorem"
-DUAL_CLIP = Argument("dual_clip", (), Numbers((3.0, 2.0, 5.0)), "c > 1: ρ is cut at c where A < 0", optional=True,
+DUAL_CLIP = Argument("dual_clip", (), Numbers((3.0, 2.0, 5.0)), "c > 1: ρ is cut at c where A < 0",
+                     optional=True,
                      neutral=lambda case: 1e12,
-                     synonyms=("clip_ratio_c", "dual_clip_c", "dual_clip_coef", "dual_clip_ratio", "dual_clip_eps",
+                     synonyms=("clip_ratio_c", "dual_clip_c", "dual_clip_coef", "dual_clip_ratio",
+                               "dual_clip_eps",
                                "delta", "clip_c", "dual_clip_loss_ratio"))  # fmt: skip
 TOKENS = (LOGP, OLD, ADVANTAGE, MASK)
 LARGE = "log ratios of ±800"
@@ -77,7 +90,9 @@ def _flat(f: Probed, case: Case) -> Iterator[Claim]:
         why = "beyond the limit the loss no longer changes: it is -A times the limit"
         yield Claim(further, f.value(further), "==", f.value(there), why)
         limit = high if advantage > 0 else low
-        yield Claim(there, f.value(there), "==", f.reduced(-advantage * limit * weights_of(there), there), why)
+        yield Claim(
+            there, f.value(there), "==", f.reduced(-advantage * limit * weights_of(there), there), why
+        )
 
 
 def weights_of(case: Case) -> Tensor:
@@ -121,7 +136,9 @@ def _wide(f: Probed, case: Case) -> Iterator[Claim]:
     if "dual_clip" in case:
         changed["dual_clip"] = 1e4
     want = f.reduced(-counted(ratio(case) * case["advantage"], case), case)
-    yield Claim(changed, f.value(changed), "==", want, "limits out of reach: -ρ A, the importance-weighted loss")
+    yield Claim(
+        changed, f.value(changed), "==", want, "limits out of reach: -ρ A, the importance-weighted loss"
+    )
 
 
 def _convex(f: Probed, case: Case) -> Iterator[Claim]:
@@ -130,7 +147,9 @@ def _convex(f: Probed, case: Case) -> Iterator[Claim]:
     other = {**case, "logp": case["old_logp"] + (case["logp"] - case["old_logp"]).flip(-1)}
     middle = {**case, "logp": case["old_logp"] + ((ratio(case) + ratio(other)) / 2).log()}
     want = (f.value(case) + f.value(other)) / 2
-    yield Claim(middle, f.value(middle), "<=", want, "midway between two ratios at most the mean of both losses")
+    yield Claim(
+        middle, f.value(middle), "<=", want, "midway between two ratios at most the mean of both losses"
+    )
 
 
 def _dual(f: Probed, case: Case) -> Iterator[Claim]:
@@ -203,12 +222,14 @@ CLIPPED_SURROGATE = Kind(
         formula("the loss of each token is -min(ρ A, clip(ρ) A)", SCHULMAN),
         gradient("logp", "∂L/∂log π = -ρ A, and 0 in the dead zone", "oracles P3"),
         golden("golden_points", _GOLDEN, table([-1.2], [1.5], [-0.5], [0.8], [-2.2]),
-               "(ρ, A) = (1.5, 1), (1.5, -1), (.5, 1), (.5, -1), (1.1, 2) at ε = .2", "oracles 5.3; bugs G03"),
+               "(ρ, A) = (1.5, 1), (1.5, -1), (.5, 1), (.5, -1), (1.1, 2) at ε = .2",
+               "oracles 5.3; bugs G03"),
         golden("golden_dual_clip", _GOLDEN_DUAL, table([3.0], [2.0], [-1.2], [0.8], [5.8]),
                "c = 3: (5, -1) -> 3, (2, -1) -> 2", "oracles 5.3"),
         Law("dead_zone", "gradient", "no gradient exactly where a step would lead further out of the limits",
             "oracles P3, P10; bugs P10: clip truth table", _dead_zone),
-        Law("flat_beyond_the_limit", "limit", "beyond the limit the loss is -A times the limit", "oracles P3", _flat),
+        Law("flat_beyond_the_limit", "limit", "beyond the limit the loss is -A times the limit", "oracles P3",
+            _flat),
         *policy_gradient_at_old(),
         additive_at_old(),
         *scaled_advantage(),
@@ -216,22 +237,27 @@ CLIPPED_SURROGATE = Kind(
             "oracles P6: not odd; bugs G03: clipped before multiplying", _two_signs),
         bounded("pessimistic", "limit", "never below the importance-weighted loss -ρ A",
                 "oracles P4; bugs Z03: min and max swapped", ">=", lambda c, f: _unclipped(c, f)),
-        Law("wide_limits", "limit", "with limits out of reach it is -ρ A", "oracles P5", _wide, ("clip_low", "clip_high")),
+        Law("wide_limits", "limit", "with limits out of reach it is -ρ A", "oracles P5", _wide,
+            ("clip_low", "clip_high")),
         _one_sided("clip_low", 1.0),
         _one_sided("clip_high", -1.0),
         invariance("shift_of_both", "symmetry", "a constant added to log π and log π_old changes nothing",
                    "oracles P9", lambda c: {**c, "logp": c["logp"] + 0.75, "old_logp": c["old_logp"] + 0.75},
                    gradients=("logp",)),
-        Law("convex_in_the_ratio", "limit", "convex in ρ, since the surrogate is concave", "oracles P8", _convex),
+        Law("convex_in_the_ratio", "limit", "convex in ρ, since the surrogate is concave", "oracles P8",
+            _convex),
         Law("dual_clip_bounds", "limit", "with dual clip c: at most c |A| where A < 0, unchanged elsewhere",
             f"oracles P15; {YE}", _dual, ("dual_clip",)),
-        Law("stable", "numeric", "value and gradient are right at log ratios of ±19", "bugs P21, E14", _stable),
-        Law("no_overflow", "numeric", "value and gradient are right at log ratios of ±800", "bugs E14: exp overflows",
+        Law("stable", "numeric", "value and gradient are right at log ratios of ±19", "bugs P21, E14",
+            _stable),
+        Law("no_overflow", "numeric", "value and gradient are right at log ratios of ±800",
+            "bugs E14: exp overflows",
             _overflow, proves=LARGE),
         token_order(TOKENS, gradients=("logp",)),
         micro_batches(TOKENS),
         *batch_laws(TOKENS),
         *mask_laws(TOKENS, differentiable=("logp",)),
+        nan_not_passed_on(TOKENS),
         empty_row_law(TOKENS),
         *numeric_laws(("logp", "old_logp", "advantage")),
     ),
@@ -256,10 +282,13 @@ def _baseline(f: Probed, case: Case) -> Iterator[Claim]:
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     policy = torch.log_softmax(logits, 0)
     for reward, why in ((torch.ones(3), "a constant advantage has no expected gradient"),
-                        (torch.tensor([1.0, -0.5, 2.0]), "the expected gradient is that of -E[A]")):  # fmt: skip
+                        (torch.tensor([1.0, -0.5, 2.0]),
+                         "the expected gradient is that of -E[A]")):  # fmt: skip
         there = {**case, "logp": policy.detach()[:, None], "advantage": reward.double()[:, None]}
         score = f.grad(there, "logp") / weights(f, there)
-        (got,) = torch.autograd.grad((policy.exp().detach() * score[:, 0] * policy).sum(), logits, retain_graph=True)
+        (got,) = torch.autograd.grad(
+            (policy.exp().detach() * score[:, 0] * policy).sum(), logits, retain_graph=True
+        )
         (want,) = torch.autograd.grad(-(policy.exp() * reward).sum(), logits, retain_graph=True)
         yield Claim(there, (got - want).abs() < 1e-6, "holds", None, why)
 
@@ -281,14 +310,18 @@ POLICY_GRADIENT = Kind(
     reducible=True,
     signed=True,
     mask="mask",
-    conventions=(Convention("value", {"logp": "-A log π", "ratio": "-A π/sg(π), the gradient's value is -A"}),),
+    conventions=(Convention("value", {"logp": "-A log π", "ratio": "-A π/sg(π), the gradient's value is -A"}),
+                 ),
     dialects=(PER_SEQUENCE,),
     laws=(
         formula("the loss of each token is -A log π", WILLIAMS),
         gradient("logp", "∂L/∂log π = -A", WILLIAMS),
-        Law("gradient_without_logp", "gradient", "the gradient is -A, whatever log π is", "oracles 2.17: PPO(ρ=1)",
-            lambda f, c: iter([Claim(c, f.grad(c, "logp"), "==", -c["advantage"] * weights(f, c), "-A", wrt="logp")])),
-        Law("expected_gradient", "identity", "over all actions the gradient of -E[A]; 0 for a constant advantage",
+        Law("gradient_without_logp", "gradient", "the gradient is -A, whatever log π is",
+            "oracles 2.17: PPO(ρ=1)",
+            lambda f, c: iter([Claim(c, f.grad(c, "logp"), "==", -c["advantage"] * weights(f, c), "-A",
+                                     wrt="logp")])),
+        Law("expected_gradient", "identity",
+            "over all actions the gradient of -E[A]; 0 for a constant advantage",
             "the score function identity; bugs: mlx-lm-lora #49", _baseline, cases=lambda: [_THREE_ACTIONS]),
         Law("odd_in_advantage", "symmetry", "the opposite advantages: the opposite loss", WILLIAMS, _negated),
         Law("additive_in_advantage", "symmetry", "L(A + A') = L(A) + L(A')", "bugs B10, P17",
@@ -298,6 +331,7 @@ POLICY_GRADIENT = Kind(
         micro_batches(_ON_POLICY),
         *batch_laws(_ON_POLICY),
         *mask_laws(_ON_POLICY, differentiable=("logp",)),
+        nan_not_passed_on(_ON_POLICY),
         empty_row_law(_ON_POLICY),
         *numeric_laws(("logp", "advantage")),
     ),

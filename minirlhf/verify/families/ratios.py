@@ -1,5 +1,5 @@
-"""What losses of a probability ratio share: their arguments, cases on both sides of each limit, the reading of
-limits off a subject that has them built in, and the laws that hold for every such loss.
+"""What losses of a probability ratio share: their arguments, cases on both sides of each limit, the reading
+of limits off a subject that has them built in, and the laws that hold for every such loss.
 
 ρ = π/π_old of a token (or of a sequence), A its advantage. Cases draw log ρ in the place of log π, with codes
 for "just inside the upper limit" and the like, which `arranged` puts where the limits of the case are.
@@ -19,8 +19,10 @@ NEAR = 3e-3  # nearer than e^-ε is to 1 - ε for any ε >= 0.1, so that a clip 
 
 LOGP_NAMES = ("new_logp", "new_log_probs", "new_logprobs", "newlogprob", "new_logps", "log_probs", "logprobs",
               "log_prob", "logprob", "logps", "per_token_logps", "policy_logps", "policy_log_probs",
-              "policy_logprobs", "current_logprobs", "current_logps", "curr_logprobs", "curr_log_probs", "cur_logp",
-              "pi_logprobs", "pi_logps", "log_pi", "action_log_probs", "logp_new", "logprobs_new", "log_probs_new",
+              "policy_logprobs", "current_logprobs", "current_logps", "curr_logprobs", "curr_log_probs",
+              "cur_logp",
+              "pi_logprobs", "pi_logps", "log_pi", "action_log_probs", "logp_new", "logprobs_new",
+              "log_probs_new",
               "new_per_token_logps", "target_logprobs", "logpi")  # fmt: skip
 OLD_NAMES = ("old_log_probs", "old_logprobs", "old_log_prob", "old_logprob", "oldlogprob", "old_logps",
              "old_per_token_logps", "old_action_log_probs", "logp_old", "logprobs_old", "log_probs_old",
@@ -28,7 +30,8 @@ OLD_NAMES = ("old_log_probs", "old_logprobs", "old_log_prob", "old_logprob", "ol
              "b_logprobs", "behaviour_logp", "behavior_logp", "behavior_log_probs", "rollout_logprobs",
              "rollout_log_probs", "sampling_logprobs", "generation_logprobs", "old_policy_logps", "old_lp",
              "lp_old", "mu_logp")  # fmt: skip
-MASK_NAMES = ("response_mask", "completion_mask", "action_mask", "loss_mask", "token_mask", "attention_mask", "masks",
+MASK_NAMES = ("response_mask", "completion_mask", "action_mask", "loss_mask", "token_mask", "attention_mask",
+              "masks",
               "padding_masks", "eos_mask", "response_masks", "sample_mask", "valid_mask")  # fmt: skip
 
 LOGP = Argument("logp", ("B", "T"), Reals(-1.5, 1.5, special=(0.0, *STRATA)), "log π of each token in nats",
@@ -42,19 +45,23 @@ ADVANTAGE = Argument("advantage", ("B", "T"), Reals(-3.0, 3.0, special=(0.0, 1.0
 MASK = Argument("mask", ("B", "T"), Mask(), "True = counts", synonyms=MASK_NAMES,
                 neutral=lambda case: torch.ones_like(case["logp"], dtype=torch.bool))  # fmt: skip
 _ONE_WIDTH = ("clip_range", "cliprange", "clip_eps", "eps_clip", "clip_epsilon", "clip_coef", "clip_ratio",
-              "clip_param", "clip_width", "ppo_clip", "ppo_eps", "policy_clip", "clip", "eps", "epsilon")  # fmt: skip
+              "clip_param", "clip_width", "ppo_clip", "ppo_eps", "policy_clip", "clip", "eps",
+              "epsilon")  # fmt: skip
 
 
 def _one_side(*words: str) -> tuple[str, ...]:
-    stems = ("clip", "epsilon", "eps", "clip_eps", "eps_clip", "cliprange", "clip_range", "clip_ratio", "clip_coef",
+    stems = ("clip", "epsilon", "eps", "clip_eps", "eps_clip", "cliprange", "clip_range", "clip_ratio",
+             "clip_coef",
              "clip_epsilon")  # fmt: skip
     return (*(f"{stem}_{word}" for word in words for stem in stems), *(f"{word}_clip" for word in words))
 
 
 _USUAL = (0.2, 0.1, 0.3, 0.28)
-CLIP_LOW = Argument("clip_low", (), Numbers((0.2, 0.1, 0.3), usual=_USUAL), "ε_low > 0: ρ is cut at 1 - ε_low",
+CLIP_LOW = Argument("clip_low", (), Numbers((0.2, 0.1, 0.3), usual=_USUAL),
+                    "ε_low > 0: ρ is cut at 1 - ε_low",
                     synonyms=(*_one_side("low", "lower", "min", "lo"), *_ONE_WIDTH))  # fmt: skip
-CLIP_HIGH = Argument("clip_high", (), Numbers((0.28, 0.4, 0.15), usual=_USUAL), "ε_high > 0: ρ is cut at 1 + ε_high",
+CLIP_HIGH = Argument("clip_high", (), Numbers((0.28, 0.4, 0.15), usual=_USUAL),
+                     "ε_high > 0: ρ is cut at 1 + ε_high",
                      synonyms=(*_one_side("high", "higher", "upper", "max", "hi"), *_ONE_WIDTH))  # fmt: skip
 
 
@@ -112,7 +119,7 @@ def saturation(make: Callable[[float], Case], ask: Ask, far: float) -> float | N
 
 
 def measured_limit(advantage: float, far: float, shift: float, sign: float) -> Callable[[Ask], float | None]:
-    """Reads a limit off the answers: sign · (ρ at which the loss of this advantage stops changing) + shift."""
+    """Reads off the answers shift + sign · ρ, with ρ where the loss of this advantage stops changing."""
 
     def measure(ask: Ask) -> float | None:
         limit = saturation(lambda x: point(x, advantage), ask, far)
@@ -139,7 +146,8 @@ def limits(case: Case) -> tuple[float, float, float]:
 def grid(case: Case, ratios: Sequence[float], advantages: Sequence[float]) -> Case:
     """Every ratio with every advantage, one token each, with the numbers of the case."""
     rho, advantage = (x.reshape(-1, 1) for x in torch.meshgrid(
-        torch.tensor(ratios, dtype=torch.float64), torch.tensor(advantages, dtype=torch.float64), indexing="ij"))  # fmt: skip
+        torch.tensor(ratios, dtype=torch.float64), torch.tensor(advantages, dtype=torch.float64),
+        indexing="ij"))  # fmt: skip
     numbers = {name: value for name, value in case.items() if not isinstance(value, Tensor)}
     old = torch.full_like(rho, -2.0)
     mask = torch.ones_like(rho, dtype=torch.bool)
@@ -158,17 +166,23 @@ def scaled_advantage() -> tuple[Law, Law]:
 
     def homogeneous(f: Probed, case: Case) -> Iterator[Claim]:
         changed = {**case, "advantage": 2.5 * case["advantage"]}
-        yield Claim(changed, f.value(changed), "==", 2.5 * f.value(case), "advantages times 2.5: the loss times 2.5")
+        yield Claim(
+            changed, f.value(changed), "==", 2.5 * f.value(case), "advantages times 2.5: the loss times 2.5"
+        )
 
     def nothing(f: Probed, case: Case) -> Iterator[Claim]:
         changed = {**case, "advantage": torch.zeros_like(case["advantage"])}
         value, gradient = f.value(changed), f.grad(changed, "logp")
         yield Claim(changed, value, "==", torch.zeros_like(value), "no advantage, no loss")
-        yield Claim(changed, gradient, "==", torch.zeros_like(gradient), "no advantage, no gradient", wrt="logp")
+        yield Claim(
+            changed, gradient, "==", torch.zeros_like(gradient), "no advantage, no gradient", wrt="logp"
+        )
 
     return (
-        Law("homogeneous_in_advantage", "symmetry", "advantages times c > 0: the loss times c", "oracles P6", homogeneous),
-        Law("nothing_without_advantage", "limit", "advantages of 0 give neither loss nor gradient", "oracles P7", nothing),
+        Law("homogeneous_in_advantage", "symmetry", "advantages times c > 0: the loss times c", "oracles P6",
+            homogeneous),
+        Law("nothing_without_advantage", "limit", "advantages of 0 give neither loss nor gradient",
+            "oracles P7", nothing),
     )  # fmt: skip
 
 
@@ -185,7 +199,8 @@ def additive_at_old() -> Law:
                "bugs B10, P17: verl #2506, mask=advantages", check)  # fmt: skip
 
 
-def policy_gradient_at_old(elements: Callable[[Case], Tensor] = per_token, shares: Callable[[Case], Tensor] | None = None) -> tuple[Law, Law]:  # fmt: skip
+def policy_gradient_at_old(elements: Callable[[Case], Tensor] = per_token,
+                           shares: Callable[[Case], Tensor] | None = None) -> tuple[Law, Law]:  # fmt: skip
     """At the policy that sampled: value -A and gradient -A, weighed as the subject weighs.
 
     shares: what part of an element's gradient each token gets; None: the elements are tokens.
@@ -205,6 +220,7 @@ def policy_gradient_at_old(elements: Callable[[Case], Tensor] = per_token, share
 
     return (
         Law("value_at_ratio_1", "limit", "at ratio 1 the loss is -A", "oracles P1", value),
-        Law("policy_gradient_at_ratio_1", "limit", "at ratio 1 its gradient is the policy gradient, -A ∇log π",
+        Law("policy_gradient_at_ratio_1", "limit",
+            "at ratio 1 its gradient is the policy gradient, -A ∇log π",
             "oracles P2, bugs P9", gradient),
     )  # fmt: skip

@@ -11,28 +11,34 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.kinds import Argument, Case, Claim, Law, Mask, Numbers, Probed, Reals
+from minirlhf.verify.laws import table
 
 INTERIOR = "interior masks"
 BOOTSTRAP = "bootstrap_value"
 
 REWARD = Argument(
     "reward", ("B", "T"), Reals(-4.0, 4.0, special=(0.0,)), "the reward after each token",
-    synonyms=("rewards", "r", "token_level_rewards", "token_rewards", "per_token_rewards", "reward_seq", "rew"),
+    synonyms=("rewards", "r", "token_level_rewards", "token_rewards", "per_token_rewards", "reward_seq",
+              "rew"),
 )  # fmt: skip
 MASK = Argument(
-    "mask", ("B", "T"), Mask(), "True = the token counts", neutral=lambda c: torch.ones_like(c["reward"]).bool(),
-    synonyms=("masks", "response_mask", "response_masks", "action_mask", "action_masks", "loss_mask", "eos_mask",
+    "mask", ("B", "T"), Mask(), "True = the token counts",
+    neutral=lambda c: torch.ones_like(c["reward"]).bool(),
+    synonyms=("masks", "response_mask", "response_masks", "action_mask", "action_masks", "loss_mask",
+              "eos_mask",
               "completion_mask", "attention_mask", "valid_mask", "token_mask", "padding_mask_inverted"),
 )  # fmt: skip
 GAMMA = Argument(
-    "gamma", (), Numbers((0.9, 1.0, 0.75, 0.99, 0.5, 0.0), usual=(1.0, 0.99, 0.95, 0.9)), "γ, the discount per token",
+    "gamma", (), Numbers((0.9, 1.0, 0.75, 0.99, 0.5, 0.0), usual=(1.0, 0.99, 0.95, 0.9)),
+    "γ, the discount per token",
     synonyms=("discount", "discount_factor", "gam", "discount_rate"),
 )  # fmt: skip
 BOOTSTRAPPED = Argument(
     BOOTSTRAP, ("B",), Reals(-4.0, 4.0, special=(0.0,)),
     "V after the last token of a row that was cut although the episode went on; 0 for rows that ended",
     optional=True, neutral=lambda c: torch.zeros_like(c["reward"][:, 0]),
-    synonyms=("last_value", "last_values", "next_value", "next_values", "final_value", "final_values", "bootstrap",
+    synonyms=("last_value", "last_values", "next_value", "next_values", "final_value", "final_values",
+              "bootstrap",
               "bootstrap_values", "last_val"),
 )  # fmt: skip
 
@@ -47,7 +53,9 @@ class View(NamedTuple):
     claims: Callable[[Probed, Case, Tensor, Tensor, str], Claim]
 
 
-PLAIN = View(lambda f, case: f.value(case), lambda f, case, seen, want, why: Claim(case, seen, "==", want, why))
+PLAIN = View(
+    lambda f, case: f.value(case), lambda f, case, seen, want, why: Claim(case, seen, "==", want, why)
+)
 
 
 def claim(view: View, f: Probed, case: Case, want: Tensor, why: str) -> Claim:
@@ -159,8 +167,10 @@ def linear_laws(view: View, tensors: tuple[str, ...]) -> tuple[Law, ...]:
         yield claim(view, f, case, want, "the sum of the results for even and for odd columns of the rewards")
 
     return (
-        Law("homogeneous", "symmetry", "all inputs times a factor: the result times it", "oracles GAE6", scales),
-        Law("additive", "symmetry", "the results of two parts of the rewards add up", "oracles GAE6: affine", adds),
+        Law("homogeneous", "symmetry", "all inputs times a factor: the result times it", "oracles GAE6",
+            scales),
+        Law("additive", "symmetry", "the results of two parts of the rewards add up", "oracles GAE6: affine",
+            adds),
     )  # fmt: skip
 
 
@@ -177,7 +187,9 @@ def time_laws(view: View, tensors: tuple[str, ...]) -> tuple[Law, ...]:
 
     def prompted(f: Probed, case: Case) -> Iterator[Claim]:
         changed, want = with_columns(case, tensors, 0, 2), inserted_zeros(view.value(f, case), 0, 2)
-        yield claim(view, f, changed, want, "two columns that do not count before the first one change nothing")
+        yield claim(
+            view, f, changed, want, "two columns that do not count before the first one change nothing"
+        )
 
     def stepped_over(f: Probed, case: Case) -> Iterator[Claim]:
         half = case["reward"].shape[1] // 2
@@ -190,7 +202,8 @@ def time_laws(view: View, tensors: tuple[str, ...]) -> tuple[Law, ...]:
             "bugs Z08: the loop runs forwards", causal),
         Law("prompt_length", "mask", "columns that do not count before a row change nothing",
             "bugs A13, B19: prompt and pads counted", prompted, ("mask",)),
-        Law("interior_mask", "mask", "a token between two others that does not count is stepped over, undecayed",
+        Law("interior_mask", "mask",
+            "a token between two others that does not count is stepped over, undecayed",
             "oracles GAE13; verl #2337, miles #1827", stepped_over, ("mask",), proves=INTERIOR),
     )  # fmt: skip
 
@@ -210,11 +223,56 @@ def bootstrap_laws(
     def nothing(f: Probed, case: Case) -> Iterator[Claim]:
         without = {name: value for name, value in case.items() if name != BOOTSTRAP}
         ended = {**case, BOOTSTRAP: torch.zeros_like(final(case))}
-        yield claim(view, f, ended, view.value(f, without), "a bootstrap value of 0 is that of a row that ended")
+        yield claim(
+            view, f, ended, view.value(f, without), "a bootstrap value of 0 is that of a row that ended"
+        )
 
     return (
-        Law("bootstrap_impulse", "gradient", "the value after the last token enters discounted, in its own row",
+        Law("bootstrap_impulse", "gradient",
+            "the value after the last token enters discounted, in its own row",
             "oracles GAE12; bugs F03: truncation is not termination", slope, (BOOTSTRAP,)),
-        Law("bootstrap_of_ended_rows", "limit", "a bootstrap value of 0 is none", "oracles GAE11, GAE12", nothing,
+        Law("bootstrap_of_ended_rows", "limit", "a bootstrap value of 0 is none", "oracles GAE11, GAE12",
+            nothing,
             (BOOTSTRAP,)),
     )  # fmt: skip
+
+
+def changed_law(
+    name: str,
+    family: str,
+    statement: str,
+    source: str,
+    change: Callable[[Case], Case],
+    want: Callable[[Case, Tensor], Tensor],
+    *,
+    view: View = PLAIN,
+    needs: tuple[str, ...] = (),
+) -> Law:
+    """On the changed case the estimate is want(changed case, estimate of the case)."""
+
+    def check(f: Probed, case: Case) -> Iterator[Claim]:
+        changed = change(case)
+        yield claim(view, f, changed, want(changed, view.value(f, case)), statement)
+
+    return Law(name, family, statement, source, check, needs)
+
+
+def golden_row(name: str, case: Case, want: list[float], statement: str, *, view: View = PLAIN) -> Law:
+    """A published row, to about six digits."""
+
+    def check(f: Probed, given: Case) -> Iterator[Claim]:
+        yield claim(view, f, given, table(want), statement)._replace(loose=1e3)
+
+    return Law(name, "value", statement, "oracles 5.3", check, cases=lambda: [case])
+
+
+def long_row(**numbers: float) -> list[Case]:
+    """One row, longer than small powers last."""
+    t = torch.arange(170, dtype=torch.float64)[None]
+    mask = torch.ones(1, 170, dtype=torch.bool)
+    return [{"reward": (t * 1.3).sin(), "value": (t * 0.7).cos(), "mask": mask, **numbers}]
+
+
+def full_row(*rewards: float) -> Case:
+    """One row of these rewards, all counted."""
+    return {"reward": table(rewards), "mask": torch.ones(1, len(rewards), dtype=torch.bool)}

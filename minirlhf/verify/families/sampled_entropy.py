@@ -17,7 +17,6 @@ from minirlhf.verify.families.one_step import (
     PAIRS,
     all_tokens,
     beta_of,
-    close,
     each_slope,
     each_value,
     measured_factor,
@@ -25,6 +24,8 @@ from minirlhf.verify.families.one_step import (
     one_token,
     rounded,
     score_gradient,
+    score_matrix,
+    weighed,
 )
 from minirlhf.verify.kinds import Ask, Case, Claim, Convention, Kind, Law, Options, Probed
 from minirlhf.verify.laws import (
@@ -79,11 +80,11 @@ def _entropy_gradient(law: Tensor) -> Tensor:
 
 def _expected_gradient() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        law = _policy(case)
-        got, want = score_gradient(each_slope(f, case), law), -beta_of(case) * _entropy_gradient(law)
+        law, slopes = _policy(case), each_slope(f, case)
+        got, want = score_gradient(slopes, law), -beta_of(case) * _entropy_gradient(law)
         nothing = ": as a loss it does nothing" if not bool(got.abs().max() > 1e-9) else ""
         why = f"over all tokens the gradient is {rounded(got)}{nothing}; that of -H is {rounded(want)}"
-        yield Claim(case, close(got, want), "holds", None, why, wrt="logp")
+        yield weighed(f, case, score_matrix(law), slopes, want, why, wrt="logp")
 
     return Law(
         "expected_gradient",
@@ -110,11 +111,10 @@ def _raises(name: str, statement: str, source: str, *, reward: bool) -> Law:
 
 def _flat_at_uniform(*, reward: bool) -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        got = score_gradient((each_value if reward else each_slope)(f, case), _policy(case))
-        why = f"over all tokens of the uniform law the gradient is {rounded(got)}"
-        yield Claim(
-            case, close(got, torch.zeros_like(got)), "holds", None, why, wrt=None if reward else "logp"
-        )
+        law, wrt = _policy(case), None if reward else "logp"
+        each = each_value(f, case) if reward else each_slope(f, case)
+        why = "over all tokens of the uniform law the gradient is 0"
+        yield weighed(f, case, score_matrix(law), each, torch.zeros_like(law), why, wrt=wrt)
 
     return Law(
         "flat_at_uniform",
@@ -222,10 +222,10 @@ SAMPLED_ENTROPY_LOSS = Kind(
 
 def _expected_policy_gradient() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        law = _policy(case)
-        got, want = score_gradient(each_value(f, case), law), beta_of(case) * _entropy_gradient(law)
+        law, values = _policy(case), each_value(f, case)
+        got, want = score_gradient(values, law), beta_of(case) * _entropy_gradient(law)
         why = f"over all tokens E[reward ∇log π] is {rounded(got)}, ∇H is {rounded(want)}"
-        yield Claim(case, close(got, want), "holds", None, why)
+        yield weighed(f, case, score_matrix(law), values, want, why)
 
     return Law(
         "expected_policy_gradient",
@@ -253,15 +253,12 @@ def _adds_up() -> Law:
 
 def _mean_is_entropy() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
-        law = _policy(case)
-        got, want = (law * each_value(f, case)).sum(), beta_of(case) * _entropy(law)
-        yield Claim(
-            case,
-            close(got, want),
-            "holds",
-            None,
-            f"the mean is {rounded(got)[0]}, the entropy {rounded(want)[0]}",
+        law, values = _policy(case), each_value(f, case)
+        want = beta_of(case) * _entropy(law)
+        why = (
+            f"its mean over all tokens is {rounded((law * values).sum())[0]}, the entropy {rounded(want)[0]}"
         )
+        yield weighed(f, case, law[None], values, want[None], why)
 
     return Law(
         "expectation",

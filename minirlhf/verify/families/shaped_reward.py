@@ -10,29 +10,48 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.families.recurrences import INTERIOR, inserted_zeros, with_columns
-from minirlhf.verify.kinds import Argument, Case, Claim, Convention, Kind, Law, Mask, Numbers, Options, Probed, Reals
+from minirlhf.verify.kinds import (
+    Argument,
+    Case,
+    Claim,
+    Convention,
+    Kind,
+    Law,
+    Mask,
+    Numbers,
+    Options,
+    Probed,
+    Reals,
+)
 from minirlhf.verify.laws import batch_laws, empty_row_law, formula, mask_laws, numeric_laws, relation, table
 
 ZIEGLER = "Ziegler et al. 2019, Eq. 2 (arXiv:1909.08593); Ouyang et al. 2022, Eq. 2 (arXiv:2203.02155)"
 
 SCORE = Argument("score", ("B",), Reals(-4.0, 4.0), "the reward of each sequence, finished or cut",
-                 synonyms=("scores", "reward", "rewards", "r", "reward_score", "rm_score", "rm_scores", "reward_scores",
-                           "sequence_reward", "sequence_rewards", "rm_rewards", "terminal_reward"))  # fmt: skip
+                 synonyms=("scores", "reward", "rewards", "r", "reward_score", "rm_score", "rm_scores",
+                           "reward_scores",
+                           "sequence_reward", "sequence_rewards", "rm_rewards",
+                           "terminal_reward"))  # fmt: skip
 KL = Argument("kl", ("B", "T"), Reals(-4.0, 4.0), "estimate of KL(π‖π_ref) at each token in nats",
-              synonyms=("kls", "kl_div", "kl_divergence", "kl_penalty", "kl_per_token", "token_kl", "per_token_kl",
+              synonyms=("kls", "kl_div", "kl_divergence", "kl_penalty", "kl_per_token", "token_kl",
+                        "per_token_kl",
                         "kld", "log_ratio", "log_ratios"))  # fmt: skip
 LOGP = Argument("logp", ("B", "T"), Reals(-6.0, 0.0), "log π of each token in nats",
-                synonyms=("logps", "logprobs", "log_probs", "logprob", "log_prob", "policy_logprobs", "policy_logps",
+                synonyms=("logps", "logprobs", "log_probs", "logprob", "log_prob", "policy_logprobs",
+                          "policy_logps",
                           "old_log_probs", "old_logprobs", "all_logprobs", "log_probs_policy"))  # fmt: skip
 REF_LOGP = Argument("ref_logp", ("B", "T"), Reals(-6.0, 0.0), "log π_ref of the same tokens",
                     synonyms=("ref_logps", "ref_logprobs", "ref_log_probs", "ref_logprob", "ref_log_prob",
                               "reference_logprobs", "ref_policy_log_probs", "log_probs_base",
                               "reference_log_probs"))  # fmt: skip
-BETA = Argument("beta", (), Numbers((0.1, 0.5, 0.05, 1.0), usual=(0.05, 0.1, 0.2, 0.01, 0.02, 0.001, 0.5, 1.0)),
+BETA = Argument("beta", (),
+                Numbers((0.1, 0.5, 0.05, 1.0), usual=(0.05, 0.1, 0.2, 0.01, 0.02, 0.001, 0.5, 1.0)),
                 "β >= 0 in reward units per nat",
-                synonyms=("kl_coef", "kl_coefficient", "kl_ctl", "kl_penalty_coef", "kl_weight", "init_kl_coef",
+                synonyms=("kl_coef", "kl_coefficient", "kl_ctl", "kl_penalty_coef", "kl_weight",
+                          "init_kl_coef",
                           "kl_beta", "coef", "kl_ctl_value"))  # fmt: skip
-_MASK_NAMES = ("masks", "response_mask", "action_mask", "loss_mask", "completion_mask", "attention_mask", "eos_mask",
+_MASK_NAMES = ("masks", "response_mask", "action_mask", "loss_mask", "completion_mask", "attention_mask",
+               "eos_mask",
                "valid_mask", "token_mask")  # fmt: skip
 
 
@@ -107,7 +126,8 @@ def _accounting(penalty: Penalty) -> Law:
         why = "a row sums to its score less β times its KL"
         yield Claim(case, f.value(case).sum(-1), "==", want, why, take=".sum(-1)")
 
-    return Law("accounting", "identity", "each row sums to its score less β times its KL: paid once, charged once",
+    return Law("accounting", "identity",
+               "each row sums to its score less β times its KL: paid once, charged once",
                "oracles KL11; bugs P13, E01", check)  # fmt: skip
 
 
@@ -126,7 +146,9 @@ def _impulses(penalty: Penalty, charged: str) -> tuple[Law, ...]:
             changed = {**case, charged: x}
             more = penalty(changed, f.options) - penalty(case, f.options)
             want = f.value(case) - torch.where(case["mask"], case["beta"] * more, 0.0)
-            yield Claim(changed, f.value(changed), "==", want, f"one more nat at token {k} costs β there alone")
+            yield Claim(
+                changed, f.value(changed), "==", want, f"one more nat at token {k} costs β there alone"
+            )
 
     return (
         Law("score_impulse", "gradient", "∂r_t/∂score is 1 at the token that is paid, and 0 elsewhere",
@@ -150,12 +172,13 @@ def _slot_after() -> Law:
         yield Claim(free, outside, "==", want, "the score of a row that ended is in the slot after it",
                     take=f".masked_fill(tensor({case['mask'].tolist()}), 0.0)", raw=True)  # fmt: skip
 
-    return Law("score_is_somewhere", "identity", "a score that is not on a token is in the slot after the last one",
+    return Law("score_is_somewhere", "identity",
+               "a score that is not on a token is in the slot after the last one",
                "bugs E01, P13: lost or paid twice", check, ("mask",))  # fmt: skip
 
 
 def _on_tokens(law: Law) -> Law:
-    """The law, for subjects that pay on a token: the slot after it lies under the mask, and padding moves it."""
+    """The law, for subjects that pay on a token: the slot after it is masked, and padding moves it."""
     return law._replace(
         check=lambda f, case: law.check(f, case) if f.options["reward position"] == "last" else iter(())
     )
@@ -164,7 +187,9 @@ def _on_tokens(law: Law) -> Law:
 def _columns(tensors: tuple[str, ...]) -> tuple[Law, ...]:
     def prompted(f: Probed, case: Case) -> Iterator[Claim]:
         changed, want = with_columns(case, tensors, 0, 2), inserted_zeros(f.value(case), 0, 2)
-        yield Claim(changed, f.value(changed), "==", want, "two columns of prompt before the row change nothing")
+        yield Claim(
+            changed, f.value(changed), "==", want, "two columns of prompt before the row change nothing"
+        )
 
     def stepped_over(f: Probed, case: Case) -> Iterator[Claim]:
         half = case["mask"].shape[1] // 2
@@ -173,7 +198,8 @@ def _columns(tensors: tuple[str, ...]) -> tuple[Law, ...]:
         yield Claim(changed, f.value(changed), "==", want, why)
 
     return (
-        Law("prompt_length", "mask", "columns that do not count before a row change nothing", "bugs A13", prompted,
+        Law("prompt_length", "mask", "columns that do not count before a row change nothing", "bugs A13",
+            prompted,
             ("mask",)),
         Law("interior_mask", "mask", "a token between two others that does not count is stepped over",
             "oracles GAE13; verl #2337", stepped_over, ("mask",), proves=INTERIOR),
@@ -216,7 +242,11 @@ def _golden(case: Case, penalty: Penalty) -> Law:
     return Law("golden_row", "value", statement, "oracles 5.3", check, cases=lambda: [case])
 
 
-_FULL = {"score": torch.tensor([2.0], dtype=torch.float64), "mask": torch.ones(1, 3, dtype=torch.bool), "beta": 0.1}
+_FULL = {
+    "score": torch.tensor([2.0], dtype=torch.float64),
+    "mask": torch.ones(1, 3, dtype=torch.bool),
+    "beta": 0.1,
+}
 
 SHAPED = Kind(
     name="kl_shaped_reward",
@@ -233,7 +263,8 @@ SHAPED = Kind(
         relation("homogeneous", "symmetry", "score and KL times a factor: the reward times it", ZIEGLER,
                  lambda c: {**c, "score": -1.5 * c["score"], "kl": -1.5 * c["kl"]}, lambda v, c, f: -1.5 * v),
         relation("beta_times_kl", "symmetry", "only the product β·kl counts", ZIEGLER,
-                 lambda c: {**c, "beta": 2 * c["beta"], "kl": c["kl"] / 2}, lambda v, c, f: v, needs=("beta",)),
+                 lambda c: {**c, "beta": 2 * c["beta"], "kl": c["kl"] / 2}, lambda v, c, f: v,
+                 needs=("beta",)),
         *_shared_laws(ARGUMENTS, _given, ("kl",), lambda c: {**c, "kl": 0 * c["kl"]}),
     ),
 )  # fmt: skip
@@ -258,7 +289,9 @@ def _never_paid() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         if f.options["estimator"] != "k1":
             got = f.value(case)
-            yield Claim(case, got, "<=", _score_alone(case, f.options), "k2, k3 and |s| never pay: they are >= 0")
+            yield Claim(
+                case, got, "<=", _score_alone(case, f.options), "k2, k3 and |s| never pay: they are >= 0"
+            )
 
     return Law("penalty_sign", "limit", "an estimate that is never negative never pays", "oracles KL2", check)
 
@@ -274,12 +307,15 @@ FROM_LOGPS = Kind(
     mask="mask",
     laws=(
         formula("r_t = -β (log π - log π_ref), and the score once per row", ZIEGLER),
-        _golden({**_FULL, "logp": table([-1.0, -2.0, -0.5]), "ref_logp": table([-1.2, -1.5, -0.5])}, _estimated),
+        _golden({**_FULL, "logp": table([-1.0, -2.0, -0.5]), "ref_logp": table([-1.2, -1.5, -0.5])},
+                _estimated),
         relation("common_shift", "symmetry", "both log-probs shifted alike: the same", "oracles KL2",
-                 lambda c: {**c, "logp": c["logp"] - 1.25, "ref_logp": c["ref_logp"] - 1.25}, lambda v, c, f: v),
+                 lambda c: {**c, "logp": c["logp"] - 1.25, "ref_logp": c["ref_logp"] - 1.25}, lambda v, c,
+                 f: v),
         _exchanged(),
         _never_paid(),
-        *_shared_laws(LOGP_ARGUMENTS, _estimated, ("logp", "ref_logp"), lambda c: {**c, "logp": c["ref_logp"]}),
+        *_shared_laws(LOGP_ARGUMENTS, _estimated, ("logp", "ref_logp"),
+                      lambda c: {**c, "logp": c["ref_logp"]}),
     ),
 )  # fmt: skip
 

@@ -90,9 +90,8 @@ def _at_the_target() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         there = _reward_moved(case, _asked(case, f.options) - _z(case))
         want = f.reduced(torch.full_like(case["chosen_logp"], math.log(2)), case)
-        yield Claim(
-            there, f.value(there), "==", want, "log 2 where the rewards differ by the margin asked for"
-        )
+        why = "log 2 where the rewards differ by the margin asked for"
+        yield Claim(there, f.value(there), "==", want, why)
 
     return Law("log2_at_the_target", "limit", "log 2 where β (ℓ⁺ - ℓ⁻) is the margin asked for", MENG, check)
 
@@ -104,21 +103,11 @@ def _reflected() -> Law:
         beyond = _z(case) - _asked(case, f.options)
         mirrored = _reward_moved(case, -2 * beyond)
         want = f.value(case) + f.reduced(beyond, case)
-        yield Claim(
-            mirrored,
-            f.value(mirrored),
-            "==",
-            want,
-            "reflected about the target: greater by the distance to it",
-        )
+        why = "reflected about the target: greater by the distance to it"
+        yield Claim(mirrored, f.value(mirrored), "==", want, why)
 
-    return Law(
-        "antisymmetry",
-        "symmetry",
-        "L(γ - x) - L(γ + x) = x, about the margin asked for",
-        "oracles BT4, S1",
-        check,
-    )
+    statement = "L(γ - x) - L(γ + x) = x, about the margin asked for"
+    return Law("antisymmetry", "symmetry", statement, "oracles BT4, S1", check)
 
 
 def _margin_as_shift() -> Law:
@@ -126,9 +115,8 @@ def _margin_as_shift() -> Law:
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         none = _reward_moved(case, -_asked(case, f.options)) | {"gamma": 0.0}
-        yield Claim(
-            none, f.value(none), "==", f.value(case), "the margin taken from the chosen reward, and γ = 0"
-        )
+        why = "the margin taken from the chosen reward, and γ = 0"
+        yield Claim(none, f.value(none), "==", f.value(case), why)
 
     return Law("margin_is_a_handicap", "identity",
                "γ is the same as a chosen reward that is lower by the margin", "oracles S1, BT9", check,
@@ -161,7 +149,7 @@ def _published_optimum() -> Law:
 
     cases = [token_pair(-1.0, -1.0 - z, beta=1.0, gamma=gamma) for gamma, (_, z) in wins.items()]
     return Law("published_optimum", "limit",
-               "for p = .6, .75, .9 and γ = .5, 1, 1.5 the best margin is .5332, 1.7820, " "3.5864",
+               "for p = .6, .75, .9 and γ = .5, 1, 1.5 the best margin is .5332, 1.7820, 3.5864",
                "oracles S2", check, cases=lambda: cases)  # fmt: skip
 
 
@@ -172,18 +160,10 @@ def _scaled() -> Law:
         halved = {n: case[n] / 2 for n in BOTH}
         gamma = case["gamma"] if f.options[TARGET.name] == REWARD else case["gamma"] / 2
         changed = case | halved | {"beta": 2 * case["beta"], "gamma": gamma}
-        yield Claim(
-            changed, f.value(changed), "==", f.value(case), "β twice and every log-prob half: the same"
-        )
+        yield Claim(changed, f.value(changed), "==", f.value(case), statement)
 
-    return Law(
-        "beta_times_average",
-        "symmetry",
-        "β twice and every log-prob half: the same",
-        MENG,
-        check,
-        ("beta", "gamma"),
-    )
+    statement = "β twice and every log-prob half: the same"
+    return Law("beta_times_average", "symmetry", statement, MENG, check, ("beta", "gamma"))
 
 
 def _simpo_balance(case: Case, f: Probed) -> Tensor:
@@ -208,6 +188,12 @@ def _distant(z: float, **numbers: float) -> Case:
     return token_pair(-1.0 + min(z, 0.0), -1.0 - max(z, 0.0), **numbers)
 
 
+def _extreme() -> list[Case]:
+    """Far margins, and a small one of far log-probs."""
+    far = token_pair(-1e4, -1e4 - 1.5, beta=1.0, gamma=0.5)
+    return [*(_distant(z, beta=1.0, gamma=0.5) for z in EXTREME), far, swapped(far)]
+
+
 SIMPO = Kind(
     name="simpo",
     title="Simple Preference Optimization, -log σ(β (ℓ⁺ - ℓ⁻) - γ)",
@@ -223,9 +209,9 @@ SIMPO = Kind(
     extra_cases=lambda: real_averages(beta=2.0, gamma=0.5),
     laws=(
         formula("the loss of each pair is -log σ(β log π(y⁺)/|y⁺| - β log π(y⁻)/|y⁻| - γ)", MENG),
-        golden_by("golden_pair", token_pair(-0.8, -1.0, beta=2.0, gamma=1.0), TARGET.name, {REWARD: 1.037488,
-                                                                                            RATIO: 1.783900},
-                  "averages (-.8, -1), β = 2, γ = 1: log(1 + e^.6)", "oracles 5.3"),
+        golden_by("golden_pair", token_pair(-0.8, -1.0, beta=2.0, gamma=1.0), TARGET.name,
+                  {REWARD: 1.037488, RATIO: 1.783900},
+                  "averages (-.8, -1), β = 2, γ = 1: log(1 + e^.6) = 1.037488", "oracles 5.3"),
         gradient("chosen_logp", "∂L/∂log π(y⁺) = -β/|y⁺| σ(γ - z)", MENG),
         gradient("rejected_logp", "∂L/∂log π(y⁻) = β/|y⁻| σ(γ - z)", MENG),
         _at_the_target(),
@@ -243,7 +229,7 @@ SIMPO = Kind(
         falls(),
         least_at_a_tie(lambda c, f: softplus(column(_asked(c, f.options))), "convex in the margin"),
         finite_at("stable", "at margins of ±10,000 the loss is 0 or 10,000, and its gradient right",
-                  "P21: numeric range", lambda: [_distant(z, beta=1.0, gamma=0.5) for z in EXTREME],
+                  "P21: numeric range", _extreme,
                   gradients=BOTH),
         *batch_laws((*POLICY_PAIR, *LENGTH_PAIR)),
         *numeric_laws(BOTH),

@@ -21,28 +21,37 @@ from minirlhf.verify.laws import (
     relation,
     table,
 )
-from minirlhf.verify.token_laws import counted, micro_batches, token_order, weights
+from minirlhf.verify.token_laws import counted, micro_batches, nan_not_passed_on, token_order, weights
 
 SCHULMAN = "Schulman et al. 2017, Eq. 9 (arXiv:1707.06347)"
 ENGSTROM = "Engstrom et al. 2020, section 3 (arXiv:2005.12729)"
 VALUE = Argument("value", ("B", "T"), Reals(-1.5, 1.5, special=(0.0, *STRATA[:6])), "V before each token",
                  synonyms=("vpred", "vpreds", "vf_preds", "v", "new_value", "new_values", "newvalue",
-                           "newvalues", "predicted_values", "value_preds", "state_values", "phi_values", "critic_values",
-                           "pred", "preds", "prediction", "predictions", "current_values", "v_pred", "values"))  # fmt: skip
-OLD_VALUE = Argument("old_value", ("B", "T"), Reals(-2.0, 2.0), "V of the same tokens when the rollout was collected",
-                     synonyms=("old_values", "values_old", "value_old", "v_old", "old_v", "mb_values", "b_values",
+                           "newvalues", "predicted_values", "value_preds", "state_values", "phi_values",
+                           "critic_values",
+                           "pred", "preds", "prediction", "predictions", "current_values", "v_pred",
+                           "values"))  # fmt: skip
+OLD_VALUE = Argument("old_value", ("B", "T"), Reals(-2.0, 2.0),
+                     "V of the same tokens when the rollout was collected",
+                     synonyms=("old_values", "values_old", "value_old", "v_old", "old_v", "mb_values",
+                               "b_values",
                                "rollout_values", "phi_old_values", "prev_values", "old_vpreds", "old_preds",
                                "old_value_preds", "values", "value_preds_batch"))  # fmt: skip
 RETURN = Argument("ret", ("B", "T"), Reals(-2.0, 2.0), "the return that V should predict",
-                  synonyms=("returns", "return_", "target", "targets", "mb_returns", "b_returns", "value_targets",
-                            "value_target", "td_targets", "r", "rets", "return_batch", "v_target"))  # fmt: skip
+                  synonyms=("returns", "return_", "target", "targets", "mb_returns", "b_returns",
+                            "value_targets",
+                            "value_target", "td_targets", "r", "rets", "return_batch",
+                            "v_target"))  # fmt: skip
 MASK = Argument("mask", ("B", "T"), Mask(), "True = counts",
                 synonyms=(*MASK_NAMES, "value_mask", "value_padding_masks", "value_masks"),
                 neutral=lambda case: torch.ones_like(case["value"], dtype=torch.bool))  # fmt: skip
 CLIP = Argument("clip", (), Numbers((0.2, 0.3, 0.55), usual=(0.2, 0.5, 0.1)), "ε > 0, in reward units",
-                synonyms=("cliprange_value", "clip_range_vf", "clip_range_value", "value_clip", "value_clip_range",
-                          "value_cliprange", "clip_value", "clip_eps", "vf_clip", "vf_clip_param", "value_clip_eps",
-                          "clip_coef", "cliprange", "clip_range", "eps", "epsilon", "clip_epsilon", "eps_clip",
+                synonyms=("cliprange_value", "clip_range_vf", "clip_range_value", "value_clip",
+                          "value_clip_range",
+                          "value_cliprange", "clip_value", "clip_eps", "vf_clip", "vf_clip_param",
+                          "value_clip_eps",
+                          "clip_coef", "cliprange", "clip_range", "eps", "epsilon", "clip_epsilon",
+                          "eps_clip",
                           "value_eps_clip", "clip_param", "vf_clip_coef"))  # fmt: skip
 PLAIN = (VALUE, RETURN, MASK)
 CLIPPED = (VALUE, OLD_VALUE, RETURN, MASK)
@@ -108,14 +117,18 @@ def _common_laws(arguments: tuple[Argument, ...]) -> tuple[Law, ...]:
     return (
         bounded("not_negative", "limit", "an error is never negative", "a square", ">=",
                 lambda c, f: torch.zeros((), dtype=torch.float64)),
-        Law("nothing_at_the_target", "limit", "where V = R (= V_old) neither loss nor gradient", "oracles V1", _at_target),
-        invariance("translation", "symmetry", "the same constant added to all values and returns changes nothing",
+        Law("nothing_at_the_target", "limit", "where V = R (= V_old) neither loss nor gradient", "oracles V1",
+            _at_target),
+        invariance("translation", "symmetry",
+                   "the same constant added to all values and returns changes nothing",
                    "oracles V4", _shifted, gradients=("value",)),
-        Law("units", "symmetry", "values, returns (and clip) times c: the loss times c²", "oracles V5", _numbers_scale),
+        Law("units", "symmetry", "values, returns (and clip) times c: the loss times c²", "oracles V5",
+            _numbers_scale),
         token_order(arguments, gradients=("value",)),
         micro_batches(arguments),
         *batch_laws(arguments),
         *mask_laws(arguments, differentiable=("value",)),
+        nan_not_passed_on(arguments),
         empty_row_law(arguments),
         *numeric_laws(reals),
     )  # fmt: skip
@@ -138,7 +151,9 @@ def _quadratic(f: Probed, case: Case) -> Iterator[Claim]:
     curvature = f.value(up) + f.value(down) - 2 * f.value(case)
     ones = counted(torch.ones_like(case["value"]), case)
     want = f.reduced(0.25 * ones, case) + 2 * f.value(case) - f.value(down)
-    yield Claim(up, curvature + 2 * f.value(case) - f.value(down), "==", want, "second difference 1: a parabola in V")
+    yield Claim(
+        up, curvature + 2 * f.value(case) - f.value(down), "==", want, "second difference 1: a parabola in V"
+    )
 
 
 _POINT: Case = {"mask": torch.ones(3, 1, dtype=torch.bool), "value": table([0.5], [0.5], [-1.0]),
@@ -163,7 +178,8 @@ VALUE_LOSS = Kind(
                "oracles 1.2: half-MSE of (.5, 1) is .125"),
         relation("symmetric", "symmetry", "V and R exchanged: the same", "a squared difference", _exchanged,
                  lambda v, c, f: v),
-        Law("parabola", "limit", "its second difference in V is that of ½ V²", "a squared difference", _quadratic),
+        Law("parabola", "limit", "its second difference in V is that of ½ V²", "a squared difference",
+            _quadratic),
         Law("convex", "limit", "convex in V", "a squared difference", _convex),
         *_common_laws(PLAIN),
     ),
@@ -176,7 +192,8 @@ def _stratified(case: Case) -> Case:
     steps = [2.5 * clip, -2.5 * clip, 0.95 * clip, -0.95 * clip, 0.05 * clip, clip + NEAR, -clip - NEAR]
     step, ret = (x.reshape(-1, 1) for x in torch.meshgrid(
         torch.tensor(steps, dtype=torch.float64),
-        torch.tensor([5 * clip, -5 * clip, 1.5 * clip, -1.5 * clip], dtype=torch.float64), indexing="ij"))  # fmt: skip
+        torch.tensor([5 * clip, -5 * clip, 1.5 * clip, -1.5 * clip], dtype=torch.float64),
+        indexing="ij"))  # fmt: skip
     old = torch.full_like(step, 0.25)
     mask = torch.ones_like(step, dtype=torch.bool)
     return {"value": old + step, "old_value": old, "ret": old + ret, "mask": mask, "clip": clip}
@@ -197,7 +214,9 @@ def _both_branches(f: Probed, case: Case) -> Iterator[Claim]:
     value, old, ret, clip = (there[name] for name in ("value", "old_value", "ret", "clip"))
     near = old + (value - old).clamp(-clip, clip)
     want = f.reduced(0.5 * torch.maximum((value - ret).abs(), (near - ret).abs()) ** 2, there)
-    yield Claim(there, f.value(there), "==", want, "½ of the larger squared error, of V and of V kept within the clip")
+    yield Claim(
+        there, f.value(there), "==", want, "½ of the larger squared error, of V and of V kept within the clip"
+    )
 
 
 def _plain(case: Case, f: Probed) -> Tensor:
@@ -206,7 +225,13 @@ def _plain(case: Case, f: Probed) -> Tensor:
 
 def _mirrored(f: Probed, case: Case) -> Iterator[Claim]:
     changed = _scaled(case, -1.0)
-    yield Claim(changed, f.value(changed), "==", f.value(case), "all signs flipped: the same, so both sides are clipped")
+    yield Claim(
+        changed,
+        f.value(changed),
+        "==",
+        f.value(case),
+        "all signs flipped: the same, so both sides are clipped",
+    )
 
 
 def _measured_clip(ask: Ask) -> float | None:
@@ -221,7 +246,8 @@ def _measured_clip(ask: Ask) -> float | None:
 
 
 _CLIP_POINT: Case = {"mask": torch.ones(4, 1, dtype=torch.bool), "value": table([0.5], [0.5], [-0.5], [0.1]),
-                     "old_value": table([0.0], [0.0], [0.0], [0.0]), "ret": table([1.0], [-1.0], [-1.0], [1.0]),
+                     "old_value": table([0.0], [0.0], [0.0], [0.0]),
+                     "ret": table([1.0], [-1.0], [-1.0], [1.0]),
                      "clip": 0.2}  # fmt: skip
 
 CLIPPED_VALUE_LOSS = Kind(
@@ -249,11 +275,13 @@ CLIPPED_VALUE_LOSS = Kind(
             "oracles V3; bugs P10: clip truth table", _both_branches),
         relation("plain_at_the_old_value", "limit", "where V = V_old: half the squared error", "oracles V1",
                  lambda c: {**c, "old_value": c["value"].clone()}, lambda v, c, f: _plain(c, f)),
-        relation("plain_within_a_wide_clip", "limit", "with a clip out of reach: half the squared error", "oracles V1",
+        relation("plain_within_a_wide_clip", "limit", "with a clip out of reach: half the squared error",
+                 "oracles V1",
                  lambda c: c | {"clip": 1e4}, lambda v, c, f: _plain(c, f), needs=("clip",)),
         bounded("pessimistic", "limit", "never below the unclipped loss",
                 "oracles V2; bugs F02: RLlib #2233, cleanrl d6fd21b4: min for max", ">=", _plain),
-        Law("mirrored", "symmetry", "all signs flipped: the same", "a one-sided clip survives random data", _mirrored),
+        Law("mirrored", "symmetry", "all signs flipped: the same", "a one-sided clip survives random data",
+            _mirrored),
         Law("convex", "limit", "convex in V where the clip is not", "the maximum of both branches",
             lambda f, c: _convex(f, {**c, "old_value": c["value"].clone(), "clip": 1e4}), ("clip",)),
         *_common_laws(CLIPPED),

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from minirlhf.verify.kinds import Argument, Case, Claim, Law, Probed, Reals
-from minirlhf.verify.laws import invariance
+from minirlhf.verify.laws import finite_at, invariance
 
 UNNORMALISED = "unnormalised logits"
 MINUS_INFINITY = "-inf logits"
+MINUS_INFINITY_GRADIENT = "gradient with -inf logits"
+EXTREME = "extreme logits"
 DIFFERENTIABLE = "differentiable"
 LOGITS_NAMES = tuple(
     """
@@ -117,8 +119,9 @@ def differentiable(name: str, cases: Callable[[], list[Case]]) -> Law:
     )
 
 
-def minus_infinity_laws(name: str, cases: Callable[[], list[Case]], *, or_constant: bool) -> tuple[Law, Law]:
-    """Excluded tokens, logits of -inf, have probability 0. or_constant: no gradient at all is right too."""
+def minus_infinity_laws(name: str, cases: Callable[[], list[Case]], *, metric: bool) -> tuple[Law, Law]:
+    """Excluded tokens, logits of -inf, have probability 0. metric: it is often not differentiated, so that a
+    gradient is a feature; otherwise a value that hides a wrong gradient is a defect."""
 
     def value(f: Probed, case: Case) -> Iterator[Claim]:
         yield Claim(
@@ -128,7 +131,7 @@ def minus_infinity_laws(name: str, cases: Callable[[], list[Case]], *, or_consta
     def gradient(f: Probed, case: Case) -> Iterator[Claim]:
         got = f.grad(case, name)
         yield Claim(case, got, "finite", None, "0 · log 0 has the gradient 0, not NaN", wrt=name)
-        if not or_constant or bool(got.any()):
+        if not metric or bool(got.any()):
             got, want = through_softmax(got, case[name]), f.expected_grad(case, name)
             yield Claim(case, got, "==", want, "the gradient of the tokens that are left", wrt=name)
 
@@ -149,6 +152,18 @@ def minus_infinity_laws(name: str, cases: Callable[[], list[Case]], *, or_consta
             "bugs L01: nan_to_num hides only the forward pass",
             gradient,
             (MINUS_INFINITY,),
+            proves=MINUS_INFINITY_GRADIENT if metric else None,
             cases=cases,
         ),
     )
+
+
+def extreme_law(cases: Callable[[], list[Case]]) -> Law:
+    """Log-probs whose probabilities are 0 in every precision."""
+    law = finite_at(
+        "extreme_logits",
+        "at log-probs from -1,000 to -20,000 the value is finite and right",
+        "bugs P21",
+        cases,
+    )
+    return law._replace(proves=EXTREME)
