@@ -93,13 +93,9 @@ ANY = Known(Kind.OTHER)
 
 def called_name(call: ast.Call) -> str:
     """`f` of f(x), torch.f(x) and x.f()."""
-    return (
-        call.func.attr
-        if isinstance(call.func, ast.Attribute)
-        else call.func.id
-        if isinstance(call.func, ast.Name)
-        else ""
-    )
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 def receiver(call: ast.Call) -> ast.expr | None:

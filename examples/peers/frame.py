@@ -176,3 +176,16 @@ def placed_on_last(score: Tensor, mask: Tensor) -> Tensor:
     slot = torch.arange(mask.shape[1])
     last = (slot * mask).amax(1)
     return torch.where((slot == last.unsqueeze(1)) & mask.bool(), score.unsqueeze(1), 0.0)
+
+
+def right_aligned(mask: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(to, back): moves columns so that the last token that counts is in the last column of its row, and back.
+
+    For estimators of libraries that pad on the left only.
+    """
+    slot, width = torch.arange(mask.shape[1]), mask.shape[1]
+    free = width - 1 - (slot * mask).amax(1, keepdim=True).long()
+    return (
+        lambda x: x.gather(1, (slot - free) % width),
+        lambda x: x.gather(1, (slot + free) % width),
+    )

@@ -124,12 +124,19 @@ def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: 
     return Subject("torchrl", function, kind, page, call or function.split(" ")[0], adapter)
 
 
+_DISCOUNTED: dict[str, Any] = {"gamma": 0.99, "lam": 0.95, "fixed": {"gamma": 0.99, "lam": 0.95}}
+
 SUBJECTS = (
     _subject("generalized_advantage_estimate", "gae", VALUE, generalized_advantage_estimate),
     _subject("vec_generalized_advantage_estimate", "gae", VALUE, vec_generalized_advantage_estimate),
+    _subject("vec_generalized_advantage_estimate at γ = .99, λ = .95", "gae", VALUE,
+             vec_generalized_advantage_estimate, **_DISCOUNTED),
     _subject("td_lambda_return_estimate", "gae", VALUE, td_lambda_return_estimate),
     _subject("vec_td_lambda_return_estimate", "gae", VALUE, vec_td_lambda_return_estimate),
+    _subject("vec_td_lambda_return_estimate at γ = .99, λ = .95", "gae", VALUE, vec_td_lambda_return_estimate,
+             **_DISCOUNTED),
     _subject("reward2go", "discounted_return", VALUE, reward2go),
+    _subject("reward2go at γ = .99", "discounted_return", VALUE, reward2go, gamma=0.99, fixed={"gamma": 0.99}),
     _subject("GRPOLoss, objective", "clipped_surrogate", GRPO, grpo_loss),
     _subject("CISPOLoss, objective", "cispo", GRPO, cispo_loss),
     _subject("GRPOLoss, KL to the reference", "kl_loss", GRPO, kl_to_ref),

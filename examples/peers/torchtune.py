@@ -38,9 +38,9 @@ def rso_loss(
     return load(LOSS).RSOLoss(beta)(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)[0]
 
 
-def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip_low: float) -> Tensor:
+def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float) -> Tensor:
     """`PPOLoss` where the critic is right, so that only the policy is left."""
-    loss, zero = load(LOSS).PPOLoss(epsilon=clip_low), torch.zeros_like(advantage)
+    loss, zero = load(LOSS).PPOLoss(epsilon=epsilon), torch.zeros_like(advantage)
     return loss(old_logp, logp, advantage, zero, zero, zero, mask, mask)[0]
 
 
@@ -57,6 +57,11 @@ def estimate_advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: floa
     return load(RLHF).estimate_advantages(values, rewards, gamma, lam, masks=kept)
 
 
+def advantages_before_whitening(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """The advantages that `estimate_advantages` whitens: its returns less the values."""
+    return estimate_advantages(reward, value, mask, gamma, lam)[1] - value
+
+
 def get_rewards_ppo(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
     """KL-shaped rewards; the score goes to the last token that counts."""
     last = (torch.arange(mask.shape[1]) * mask).amax(1).long()
@@ -71,11 +76,13 @@ SUBJECTS = (
     _subject("DPOLoss", "dpo", LOSS, dpo_loss),
     _subject("DPOLoss label_smoothing", "conservative_dpo", LOSS, smoothed_dpo_loss),
     _subject("RSOLoss", "hinge", LOSS, rso_loss),
-    _subject("PPOLoss, policy", "clipped_surrogate", LOSS, ppo_policy_loss, clip_high="clip_low"),
+    _subject("PPOLoss, policy", "clipped_surrogate", LOSS, ppo_policy_loss, clip_low="epsilon",
+             clip_high="epsilon"),
     _subject("PPOLoss, value", "clipped_value_loss", LOSS, ppo_value_loss),
     _subject("estimate_advantages", "gae", RLHF, estimate_advantages),
+    _subject("estimate_advantages, returns", "gae", RLHF, advantages_before_whitening),
     _subject("whiten", "whiten", RLHF),
-    _subject("whiten shift_mean=False", "whiten_scale_only", RLHF, fixed={"shift_mean": False}),
+    _subject("whiten shift_mean=False", "whiten", RLHF, fixed={"shift_mean": False}),
     _subject("masked_mean", "token_mean", RLHF),
     _subject("masked_mean dim=-1", "sequence_mean", RLHF, fixed={"dim": -1}),
     _subject("get_rewards_ppo", "kl_shaped_reward_from_logps", RLHF, get_rewards_ppo),

@@ -64,8 +64,9 @@ def _picked(probe: Probe, claim: Claim) -> list[str]:
         lines.append(f"got = got.reshape({list(probe.raw(claim.case).shape)})")
     if probe.binding.layout is not None:
         lines.append(probe.binding.layout.code)
-    mask = probe.binding.kind.mask
-    if mask is not None and mask in claim.case and probe.per_element and not (claim.field or claim.raw):
+    kind = probe.binding.kind
+    mask = kind.mask if kind.mask in claim.case and kind.argument(kind.mask).shape == kind.shape else None
+    if mask is not None and probe.per_element and not (claim.field or claim.raw):
         lines.append(f"got = got.where({literal(claim.case[mask])}, 0.0)")
     if claim.wrt is not None:
         lines.append("(got,) = torch.autograd.grad(got.sum(), x)")

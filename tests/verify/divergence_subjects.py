@@ -106,6 +106,16 @@ def reinforced_k1(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     return token_mean((logp - ref_logp).detach() * logp, mask)
 
 
+def reinforced_sequence(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float = 0.1) -> Tensor:
+    s = ((logp - ref_logp) * mask).sum(-1)
+    return beta * (s.detach() * (logp * mask).sum(-1)).mean()
+
+
+def entropy_of_sequences(logp: Tensor, mask: Tensor) -> Tensor:
+    total = (logp * mask).sum(-1)
+    return total.detach() * total
+
+
 def ratio_k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return (torch.exp(log_probs - log_probs.detach()) * (log_probs - ref_log_probs)).mean()
 
@@ -509,6 +519,13 @@ RIGHT = (
     Subject(absolute, "kl_estimator", {}, {"estimator": "|s|", "aggregation": "token sum per sequence"}),
     Subject(reversed_k3, "kl_estimator", {}, {"estimator": "k3 of the other direction"}),
     Subject(reversed_k3, "kl_estimator", {"logp": "ref_logp", "ref_logp": "logp"}, {"estimator": "k3 = e⁻ˢ"}),
+    Subject(k2_of_the_sum, "kl_estimator", {}, {"estimator": "k2", "level": "log-probs are summed over the "
+                                                "sequence"}),
+    Subject(k2_of_the_sum, "kl_loss", {}, {"gradient": _REVERSE, "level": "log-probs are summed over the "
+                                           "sequence"}),
+    Subject(reinforced_sequence, "kl_loss", {}, {"level": "log-probs are summed over the sequence"}),
+    Subject(entropy_of_sequences, "sampled_entropy_loss", {},
+            {"level": "log-probs are summed over the sequence"}),
     Subject(grpo_kl, "kl_loss", {}, {"gradient": _FORWARD, "beta": "0.04, built in"}),
     Subject(verl_kl_loss, "kl_loss", {}, {"gradient": _FORWARD, "clamp": "the estimate is held within ±10"}),
     Subject(reinforced_k1, "kl_loss", {}, {"gradient": _REVERSE, "aggregation": "token mean"}),
@@ -562,7 +579,6 @@ WRONG = (
     Subject(mistaken_k3, "kl_estimator"),
     Subject(k1_of_probabilities, "kl_estimator"),
     Subject(k3_per_row_of_the_mean, "kl_estimator"),
-    Subject(k2_of_the_sum, "kl_estimator"),
     Subject(k3_to_second_order, "kl_estimator"),
     Subject(cleanrl_approx_kl, "kl_loss", {"logp": "oldlogprob", "ref_logp": "newlogprob"}),
     Subject(plain_k1, "kl_loss"),

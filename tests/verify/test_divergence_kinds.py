@@ -207,7 +207,7 @@ def test_a_bonus_that_is_called_a_loss_is_a_defect() -> None:
     "filters", [("top_k", "top_p"), ("top_p", "min_p"), ("top_k", "top_p", "min_p")], ids="+".join
 )
 def test_the_generic_cases_tell_the_orders_of_the_filters_apart(filters: tuple[str, ...]) -> None:
-    """Top-k and min-p keep what they keep in either order; without top-k, jointly is as one after the other."""
+    """Top-k and min-p keep the same in either order; without top-k, jointly is as one after the other."""
     same = {("ours", "min-p first")} if "min_p" not in filters else set()
     same |= {("ours", "joint")} if "top_k" not in filters else set()
     kept = ("logits", "temperature", *filters)

@@ -1,8 +1,9 @@
-"""The zoo: every known bug is certified as defective, and every right implementation it is made from is not."""
+"""The zoo: every known bug is certified as defective, every right implementation it is made from is not."""
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,10 +16,24 @@ SPECIMENS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+class Seen(NamedTuple):
+    """What `certify` made of a planted bug."""
+
+    verdict: str
+    nearest: str | None
+    share: float
+
+
+@cache
+def certified(bug: Bug) -> Seen:
+    report = certify(bug.plant(), bug.kind, shrink_seconds=0)
+    near = report.nearest
+    return Seen(report.verdict, near.bug.name if near else None, near.share if near else 0.0)
+
+
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.kind}: {bug.name}")
 def test_every_known_bug_is_certified_as_defective(bug: Bug) -> None:
-    report = certify(bug.plant(), bug.kind, shrink_seconds=0)
-    assert report.verdict == "defective"
+    assert certified(bug).verdict == "defective"
 
 
 @pytest.mark.parametrize("kind, name", SPECIMENS, ids=" ".join)
@@ -27,19 +42,21 @@ def test_what_the_zoo_is_made_from_is_right(kind: str, name: str) -> None:
     assert report, [finding.law.name for finding in report.broken]
 
 
-def test_the_zoo_and_the_laws_are_as_many_as_the_readme_says() -> None:
+def test_there_are_more_than_200_laws_and_200_bugs_and_every_kind_has_both() -> None:
     assert len(BUGS) >= 200
     assert sum(len(laws_of(kind)) for kind in KINDS.values()) >= 200
-    assert {bug.kind for bug in BUGS} == set(KINDS), "every kind has its bugs"
+    assert {bug.kind for bug in BUGS} == set(KINDS)
+    assert all(laws_of(kind) for kind in KINDS.values())
 
 
-def test_a_known_bug_is_recognised_as_itself() -> None:
-    missed = []
-    for bug in BUGS:
-        nearest = certify(bug.plant(), bug.kind, shrink_seconds=0).nearest
-        if nearest is None or nearest.share < 0.99:
-            missed.append(f"{bug.kind}: {bug.name} taken for {nearest.bug.name if nearest else 'no bug'}")
-    assert len(missed) <= len(BUGS) // 20, missed
+def test_a_known_bug_is_recognised_as_one_that_does_the_same() -> None:
+    missed = [(bug.kind, bug.name, certified(bug)) for bug in BUGS if certified(bug).share < 0.99]
+    assert len(missed) <= len(BUGS) // 100, missed
+
+
+def test_a_known_bug_is_called_by_its_own_name() -> None:
+    other = [(bug.kind, bug.name, certified(bug)) for bug in BUGS if certified(bug).nearest != bug.name]
+    assert len(other) <= len(BUGS) // 100, other
 
 
 def test_names_are_unique_within_a_kind_and_every_law_says_where_it_comes_from() -> None:

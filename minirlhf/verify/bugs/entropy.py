@@ -69,6 +69,7 @@ BUGS = (
     _exact("softmax over the batch", "F.log_softmax(logits, dim=-1)", "F.log_softmax(logits, dim=0)"),
     _exact("probabilities forgotten", "logp.exp() * torch.where", "torch.where"),
     _exact("probabilities detached", "logp.exp() * torch.where", "logp.exp().detach() * torch.where"),
+    _exact("last token left out", "-terms.sum(-1)", "-terms[..., :-1].sum(-1)"),
     _exact("most probable token only", "-terms.sum(-1)", "-terms.amin(-1)"),
     _exact("divided by log V", "-terms.sum(-1)", "-terms.sum(-1) / "
            "torch.tensor(logits.shape[-1]).double().log()"),
@@ -90,6 +91,7 @@ BUGS = (
     _loss("mean over the vocabulary", "0.0)).sum(-1)", "0.0)).mean(-1)"),
     _loss("softmax over the tokens", "F.log_softmax(logits, dim=-1)", "F.log_softmax(logits, dim=1)"),
     _loss("log-probs summed without their probabilities", "(logp.exp() * torch.where", "(torch.where"),
+    _loss("last token left out", "0.0)).sum(-1)", "0.0))[..., :-1].sum(-1)"),
     _loss("nan_to_num hides only the forward pass", "logp.exp() * torch.where(logp > -torch.inf, logp, 0.0)",
           "torch.nan_to_num(logp.exp() * logp)", "TRL #7221, #7252"),
     _loss("probability of the most probable token",
@@ -105,6 +107,7 @@ BUGS = (
     _sampled("probability for the surprise", "logp.detach() * logp", "logp.detach().exp() * logp"),
     _sampled("p log p of the sampled token", "logp.detach() * logp", "logp.exp() * logp",
              "lucidrains c816ae6"),
+    _sampled("beta squared", "beta * torch.where", "beta**2 * torch.where"),
     _sampled("beta forgotten", "beta * torch.where", "torch.where"),
     _reward("sign flipped", "-logp.detach()", "logp.detach()", "lucidrains c816ae6"),
     _reward("p log p of the sampled token", "-logp.detach()", "-(logp.exp() * logp).detach()"),
@@ -115,5 +118,7 @@ BUGS = (
     _reward("averaged over the row", "-logp.detach()", "-logp.detach() / mask.sum(-1, keepdim=True)"),
     _reward("every token is paid for all before it", "-logp.detach()",
             "-torch.where(mask, logp, 0.0).detach().cumsum(-1)"),
+    _reward("log-probs shifted by a token", "-logp.detach()", "-logp.detach().roll(1, dims=-1)",
+            "prime-rl #1525"),
     _reward("beta forgotten", "beta * torch.where", "torch.where"),
 )  # fmt: skip

@@ -65,7 +65,7 @@ VALUE = Argument(
 LAM = Argument(
     "lam", (), Numbers((0.6, 0.95, 0.25, 1.0, 0.8, 0.0), usual=(0.95, 1.0, 0.97, 0.98, 0.9)),
     "λ, between bias (0) and variance (1)",
-    synonyms=("lambda", "lambd", "lmbda", "lamda", "gae_lambda", "gae_lam", "lambda_gae", "lambda_gae_adv"),
+    synonyms=("lambda", "lambd", "lmbda", "lamda", "gae_lambda", "gae_lam", "lambda_gae", "lamb"),
 )  # fmt: skip
 WHITENING = Convention("whitening", {
     False: "none: it is left to the caller",
@@ -130,7 +130,8 @@ def _delta(case: Case) -> Tensor:
 def _returns() -> Law:
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         keep = case["mask"]
-        got, want = f.value(case, "ret")[keep], (_unwhitened(case) + case["value"])[keep]
+        advantage = _unwhitened(case) if f.options["whitening"] else f.value(case)
+        got, want = f.value(case, "ret")[keep], (advantage + case["value"])[keep]
         take, why = f"[tensor({keep.tolist()})]", "the critic's target is advantage + value, not whitened"
         yield Claim(case, got, "==", want, why, take=take, field="ret")
 

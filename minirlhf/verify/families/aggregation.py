@@ -31,6 +31,7 @@ from minirlhf.verify.laws import (
     relation,
     table,
 )
+from minirlhf.verify.probe import Raised
 from minirlhf.verify.token_laws import micro_batches, per_row, token_order, token_repeated, without
 
 LIU = "Liu et al. 2025, section 3.1 (arXiv:2503.20783)"
@@ -270,11 +271,37 @@ def _any_size(f: Probed, case: Case) -> Iterator[Claim]:
     rows = len(case["losses"])
     whole = _sized(case, rows)
     value, gradient = f.value(whole), f.grad(whole, "losses")
-    for size in range(1, rows):
+    for size in (n for n in range(1, rows) if rows % n == 0):
         cut = _sized(case, size)
         why = f"micro-batches of {size} give what the whole batch of {rows} gives"
         yield Claim(cut, f.value(cut), "==", value, why)
         yield Claim(cut, f.grad(cut, "losses"), "==", gradient, why + ", in the gradient too", wrt="losses")
+
+
+def _uneven(f: Probed, case: Case) -> Iterator[Claim]:
+    why = "the last micro-batch is smaller, and its rows count as much as the others"
+    try:
+        value, gradient = f.value(case), f.grad(case, "losses")
+    except Raised:  # a subject may refuse a batch that it cannot cut evenly, but not get it wrong
+        return
+    yield Claim(case, value, "==", f.expected(case), why)
+    yield Claim(case, gradient, "==", f.expected_grad(case, "losses"), why, wrt="losses")
+
+
+def _uneven_cases() -> list[Case]:
+    cases = []
+    for rows, size in ((3, 2), (5, 3), (5, 2), (4, 3)):
+        losses = torch.arange(1.0, 2 * rows + 1).double().reshape(rows, 2).sin()
+        cases.append(
+            {"losses": losses, "mask": torch.ones(rows, 2, dtype=torch.bool), "micro_batch_size": size}
+        )
+    return cases
+
+
+def _divisor(case: Case) -> Case:
+    """The largest micro-batch size that is not above the drawn one and cuts the batch evenly."""
+    rows = len(case["losses"])
+    return _sized(case, max(n for n in range(1, int(case["micro_batch_size"]) + 1) if rows % n == 0))
 
 
 def _larger(f: Probed, case: Case) -> Iterator[Claim]:
@@ -299,7 +326,7 @@ GRADIENT_ACCUMULATION = Kind(
     shape=(),
     oracle=_accumulated,
     differentiable=("losses",),
-    arrange=lambda case: _sized(case, min(int(case["micro_batch_size"]), len(case["losses"]))),
+    arrange=_divisor,
     mask="mask",
     conventions=(Convention("equals", {name: text for name, (text, _) in EQUALS.items()}),),
     anchor=lambda case: _sized(case, len(case["losses"])),
@@ -308,6 +335,9 @@ GRADIENT_ACCUMULATION = Kind(
         gradient("losses", "so is its gradient", "oracles P13"),
         Law("any_micro_batch_size", "batch", "neither value nor gradient depends on the micro-batch size",
             "oracles P13, O2; bugs P4, H02, H05: mean of means", _any_size, ("micro_batch_size",)),
+        Law("uneven_micro_batches", "batch", "a smaller last micro-batch counts in full, or is refused",
+            "bugs H14: TRL #563, the last is dropped; H05: weighed like the others", _uneven,
+            cases=_uneven_cases),
         Law("every_row_counts", "gradient", "every row of the batch influences the step",
             "bugs H08: only the last micro-batch counts; H14: the last is dropped", _influence),
         Law("larger_than_the_batch", "batch", "one micro-batch that is larger than the batch is the batch",

@@ -189,6 +189,12 @@ def _balance_of_margins(case: Case, f: Probed) -> Tensor:
     return down / (up + down)
 
 
+def _extreme() -> list[Case]:
+    """Far gaps, made by either side, and small ones of far rewards."""
+    far = shifted(_batch(1.5, -2.0), column(1e4, -1e4), *SIDES)
+    return [_batch(*EXTREME), swapped(_batch(*EXTREME)), far]
+
+
 BRADLEY_TERRY = Kind(
     name="bradley_terry",
     title="Bradley-Terry, -log σ(r⁺ - r⁻ - m), labels smoothed by ε",
@@ -243,7 +249,10 @@ BRADLEY_TERRY = Kind(
         _plain(_mixture()),
         _plain(_smoothed_optimum()),
         finite_at("stable", "at gaps of ±10,000 the loss is 0 or 10,000, and its gradient right",
-                  "oracles BT8", lambda: [_batch(*EXTREME)], gradients=SIDES),
+                  "oracles BT8", _extreme, gradients=SIDES),
+        finite_at("stable_when_smoothed", "at gaps of ±10,000 the loss is ε or 1 - ε times that",
+                  "oracles BT8, BT10", lambda: [case | {"label_smoothing": 0.1} for case in _extreme()],
+                  gradients=SIDES, needs=("label_smoothing",)),
         *batch_laws(_ARGUMENTS),
         *numeric_laws(("chosen_reward", "rejected_reward", "margin")),
     ),

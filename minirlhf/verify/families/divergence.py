@@ -51,6 +51,10 @@ CLAMPS = {
     "ratio 10": "the log-ratio is held within ±10, without gradient beyond",
     "ratio 20": "the log-ratio is held within ±20, without gradient beyond",
 }
+LEVELS = {
+    "token": "each token by itself",
+    "sequence": "log-probs are summed over the sequence first",
+}
 PRECISE = "precise near zero"
 OWN_GRADIENT = "gradient of the estimator"
 NO_DEAD_GRADIENT = "gradient far from the reference"
@@ -58,8 +62,10 @@ LN2 = math.log(2)
 
 
 def log_ratio(case: Case, options: Options) -> Tensor:
-    """s of each token, 0 where nothing counts, under the clamp of the options: [B, T]."""
+    """s of each token, or of its row, under the clamp of the options; 0 where nothing counts: [B, T]."""
     s = torch.where(case["mask"], case["logp"], 0.0) - torch.where(case["mask"], case["ref_logp"], 0.0)
+    if options.get("level") == "sequence":
+        s = torch.where(case["mask"], s.sum(dim=-1, keepdim=True), 0.0)
     limit = {"ratio 10": 10.0, "ratio 20": 20.0}.get(options["clamp"], math.inf)
     return s.clamp(-limit, limit)
 
@@ -68,6 +74,13 @@ def held(value: Tensor, options: Options) -> Tensor:
     """The estimate under the clamp of the options."""
     limit = {"value 10": 10.0, "value 20": 20.0}.get(options["clamp"], math.inf)
     return value.clamp(-limit, limit)
+
+
+def shared(value: Tensor, case: Case, options: Options) -> Tensor:
+    """What is one number for each row, in equal parts on its tokens, so that they add up to it."""
+    if options.get("level") != "sequence":
+        return value
+    return value / case["mask"].sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def estimate(s: Tensor, estimator: str) -> Tensor:
@@ -82,7 +95,7 @@ def estimate(s: Tensor, estimator: str) -> Tensor:
 
 
 def _estimator(case: Case, options: Options) -> Tensor:
-    return held(estimate(log_ratio(case, options), options["estimator"]), options)
+    return shared(held(estimate(log_ratio(case, options), options["estimator"]), options), case, options)
 
 
 def _golden(name: str, s: float, statement: str) -> Law:
@@ -175,12 +188,13 @@ def _gradient_laws() -> tuple[Law, Law]:
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         x = case["logp"].detach().clone().requires_grad_()
-        s = log_ratio({**case, "logp": x}, {"clamp": "none"})
+        s = log_ratio({**case, "logp": x}, {**f.options, "clamp": "none"})
         whose = _whose_gradient(f)
         if whose == "own":
             want = f.expected_grad(case, "logp")
         else:
-            total = f.reduced(0.5 * s * s, case).sum() if whose == "k2" else 0.0 * x.sum()
+            k2 = shared(0.5 * s * s, case, f.options)
+            total = f.reduced(k2, case).sum() if whose == "k2" else 0.0 * x.sum()
             (want,) = torch.autograd.grad(total, x)
         why = "∂k/∂log π: 1 of k1, s of k2, 1 - e⁻ˢ of k3; or s of any (straight-through); or none at all"
         yield Claim(case, f.grad(case, "logp"), "==", want, why, wrt="logp")
@@ -238,7 +252,7 @@ def _both_directions() -> Law:
         total = {"k1": 0 * s, "k2": s * s, "abs": 2 * s.abs()}.get(estimator, 4 * torch.sinh(s / 2) ** 2)
         if f.options["clamp"].startswith("value") and bool((total.abs() >= 10).any()):
             return  # the clamp acts on one of the two only
-        got, want = f.value(swapped), f.reduced(total, case) - f.value(case)
+        got, want = f.value(swapped), f.reduced(shared(total, case, f.options), case) - f.value(case)
         yield Claim(swapped, got, "==", want, "both directions together: 0, s², 2|s|, or eˢ + e⁻ˢ - 2")
 
     return Law(
@@ -312,7 +326,11 @@ KL_ESTIMATOR = Kind(
     oracle=_estimator,
     differentiable=("logp",),
     arrange=wide_log_ratios,
-    conventions=(Convention("estimator", ESTIMATORS), Convention("clamp", CLAMPS)),
+    conventions=(
+        Convention("estimator", ESTIMATORS),
+        Convention("level", LEVELS),
+        Convention("clamp", CLAMPS),
+    ),
     reducible=True,
     mask="mask",
     laws=(

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minirlhf.verify.families.divergence import CLAMPS, NO_DEAD_GRADIENT, estimate, held, log_ratio, sequences
+from minirlhf.verify.families.divergence import (
+    CLAMPS,
+    LEVELS,
+    NO_DEAD_GRADIENT,
+    estimate,
+    held,
+    log_ratio,
+    sequences,
+    shared,
+)
 from minirlhf.verify.families.one_step import (
     BETA,
     LOGP,
@@ -55,9 +64,9 @@ ARGUMENTS = (LOGP, REF_LOGP, MASK, BETA)
 
 def _loss(case: Case, options: Options) -> Tensor:
     s = log_ratio(case, options)
-    if options["gradient"] == "rho k1":
-        return beta_of(case) * held(torch.exp(s - s.detach()) * s, options)
-    return beta_of(case) * held(estimate(s, options["gradient"]), options)
+    under_ratio = options["gradient"] == "rho k1"
+    loss = torch.exp(s - s.detach()) * s if under_ratio else estimate(s, options["gradient"])
+    return beta_of(case) * shared(held(loss, options), case, options)
 
 
 def _named_gradient(f: Probed) -> tuple[str, str]:
@@ -271,6 +280,8 @@ def _clamp_is_safe() -> Law:
     )
 
 
+_HELD = {name: CLAMPS[name] for name in ("none", "value 10", "ratio 10", "ratio 20")}
+
 KL_LOSS = Kind(
     name="kl_loss",
     title="a KL penalty as a loss, differentiated through the log-probs of sampled tokens",
@@ -280,7 +291,7 @@ KL_LOSS = Kind(
     oracle=_loss,
     differentiable=("logp",),
     arrange=wide_log_ratios,
-    conventions=(Convention("gradient", FORMS), Convention("clamp", CLAMPS)),
+    conventions=(Convention("gradient", FORMS), Convention("level", LEVELS), Convention("clamp", _HELD)),
     reducible=True,
     mask="mask",
     measure={

@@ -131,14 +131,12 @@ def _one_sided(side: str, sign: float) -> Law:
                "Yu et al. 2025, DAPO (arXiv:2503.14476); oracles P16", check, (side,))  # fmt: skip
 
 
-def _wide(f: Probed, case: Case) -> Iterator[Claim]:
-    changed = case | {"clip_low": 0.9999, "clip_high": 1e4}
-    if "dual_clip" in case:
-        changed["dual_clip"] = 1e4
-    want = f.reduced(-counted(ratio(case) * case["advantage"], case), case)
-    yield Claim(
-        changed, f.value(changed), "==", want, "limits out of reach: -ρ A, the importance-weighted loss"
-    )
+def _within(f: Probed, case: Case) -> Iterator[Claim]:
+    low, high, _ = limits(case)
+    near = ratio(case).clamp(max(low, 0.0) + NEAR, high - NEAR)
+    inside = {**case, "logp": case["old_logp"] + near.log()}
+    why = "every ratio within the limits: -ρ A, the importance-weighted loss"
+    yield Claim(inside, f.value(inside), "==", f.reduced(-counted(near * case["advantage"], case), case), why)
 
 
 def _convex(f: Probed, case: Case) -> Iterator[Claim]:
@@ -237,8 +235,7 @@ CLIPPED_SURROGATE = Kind(
             "oracles P6: not odd; bugs G03: clipped before multiplying", _two_signs),
         bounded("pessimistic", "limit", "never below the importance-weighted loss -ρ A",
                 "oracles P4; bugs Z03: min and max swapped", ">=", lambda c, f: _unclipped(c, f)),
-        Law("wide_limits", "limit", "with limits out of reach it is -ρ A", "oracles P5", _wide,
-            ("clip_low", "clip_high")),
+        Law("within_the_limits", "limit", "where no ratio reaches a limit it is -ρ A", "oracles P5", _within),
         _one_sided("clip_low", 1.0),
         _one_sided("clip_high", -1.0),
         invariance("shift_of_both", "symmetry", "a constant added to log π and log π_old changes nothing",

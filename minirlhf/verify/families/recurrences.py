@@ -26,7 +26,7 @@ MASK = Argument(
     neutral=lambda c: torch.ones_like(c["reward"]).bool(),
     synonyms=("masks", "response_mask", "response_masks", "action_mask", "action_masks", "loss_mask",
               "eos_mask",
-              "completion_mask", "attention_mask", "valid_mask", "token_mask", "padding_mask_inverted"),
+              "completion_mask", "attention_mask", "valid_mask", "token_mask"),
 )  # fmt: skip
 GAMMA = Argument(
     "gamma", (), Numbers((0.9, 1.0, 0.75, 0.99, 0.5, 0.0), usual=(1.0, 0.99, 0.95, 0.9)),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minirlhf.verify.families.divergence import LEVELS, shared
 from minirlhf.verify.families.kl_reward import DETACHED
 from minirlhf.verify.families.one_step import (
     BETA,
@@ -53,8 +54,11 @@ def _counted(case: Case) -> Tensor:
 
 def _loss(case: Case, options: Options) -> Tensor:
     logp = _counted(case)
+    if options["level"] == "sequence":
+        logp = torch.where(case["mask"], logp.sum(dim=-1, keepdim=True), 0.0)
     ratio = torch.exp(logp - logp.detach())
-    return beta_of(case) * (0.5 * logp * logp if options["gradient"] == "log" else ratio * logp)
+    loss = 0.5 * logp * logp if options["gradient"] == "log" else ratio * logp
+    return beta_of(case) * shared(loss, case, options)
 
 
 def _reward(case: Case, options: Options) -> Tensor:
@@ -199,7 +203,7 @@ SAMPLED_ENTROPY_LOSS = Kind(
     shape=("B", "T"),
     oracle=_loss,
     differentiable=("logp",),
-    conventions=(Convention("gradient", FORMS),),
+    conventions=(Convention("gradient", FORMS), Convention("level", LEVELS)),
     reducible=True,
     mask="mask",
     measure={"beta": _squares_beta},
