@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.text import Text
 
 from mutation.allowed import ALLOWED, Allowed
-from mutation.gate import Baseline, baseline, covered_files, verdicts
+from mutation.gate import Baseline, Tick, baseline, covered_files, verdicts
 from mutation.mutants import Mutant, mutants_of
 from mutation.report import show, sorted_out
 from mutation.suite import Test, with_tests
@@ -159,9 +159,20 @@ def _progress(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        auto_refresh=False,  # a thread that refreshes might hold a lock while a worker is forked
     )
 
 
-def _ticker(progress: Progress, name: str, total: int):
+def _ticker(progress: Progress, name: str, total: int) -> Tick:
+    """Shows a new task and returns what moves it on; drawn at most four times a second."""
     task = progress.add_task(name, total=total)
-    return lambda done: progress.advance(task, done)
+    drawn = 0.0
+
+    def tick(done: int) -> None:
+        nonlocal drawn
+        progress.advance(task, done)
+        if time.monotonic() - drawn > 0.25 or progress.finished:
+            drawn = time.monotonic()
+            progress.refresh()
+
+    return tick

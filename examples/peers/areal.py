@@ -140,7 +140,7 @@ def gathered_entropy(logits: Tensor) -> Tensor:
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("areal", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("areal", function, kind, page, call, adapter)
 
 
 SUBJECTS = (

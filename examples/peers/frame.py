@@ -5,6 +5,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import io
+import re
 import sys
 import types
 import warnings
@@ -32,9 +33,10 @@ class Page(NamedTuple):
 class Subject(NamedTuple):
     """One function of theirs, and what to say to `certify` about it.
 
-    library: the distribution; function: what is called, as it is printed.
-    page: the module that it is on. call: its name there, or a function of ours that calls it as the library
-        does, in the arguments of the kind.
+    library: the distribution. function: its name on the page; further words after a space or comma say which
+        of its modes or results is meant.
+    call: a function of ours that calls it as its library does, in the arguments of the kind; None: it is
+        certified itself.
     adapter: further keywords of `certify`.
     """
 
@@ -42,7 +44,7 @@ class Subject(NamedTuple):
     function: str
     kind: str
     page: Page
-    call: str | Callable[..., Any]
+    call: Callable[..., Any] | None = None
     adapter: Mapping[str, Any] = {}
 
 
@@ -56,17 +58,15 @@ def found(subject: Subject) -> Callable[..., Any]:
     Raises:
         Unavailable: the library is not installed, does not import, or has no such function.
     """
-    module = load(subject.page)
-    if not isinstance(subject.call, str):
-        return subject.call
-    function: Any = module
-    for part in subject.call.split("."):
-        function = getattr(function, part, None)
-    if function is None:
-        raise Unavailable(f"this release has no {subject.page.name}.{subject.call}")
-    return function
+    theirs: Any = load(subject.page)
+    for part in re.split("[ ,]", subject.function)[0].split("."):
+        theirs = getattr(theirs, part, None)
+    if theirs is None:
+        raise Unavailable(OTHER_RELEASE)
+    return subject.call or theirs
 
 
+OTHER_RELEASE = "not in this release"
 _LOADED: dict[str, types.ModuleType | Unavailable] = {}
 
 
@@ -95,6 +95,8 @@ def _imported(page: Page) -> types.ModuleType | Unavailable:
                 return importlib.import_module(page.name)
         except (Exception, SystemExit) as error:  # of a stranger's module
             complaint = complaint or error
+            if isinstance(error, ModuleNotFoundError) and f"{page.name}.".startswith(f"{error.name}."):
+                return Unavailable(OTHER_RELEASE)
     lines = str(complaint).strip().splitlines() or [""]
     return Unavailable(f"does not import here: {type(complaint).__name__}: {lines[0]}")
 

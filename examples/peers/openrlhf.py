@@ -193,7 +193,7 @@ def group_norm_advantage(reward: Tensor) -> Tensor:
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("openrlhf", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("openrlhf", function, kind, page, call, adapter)
 
 
 SUBJECTS = (
@@ -222,10 +222,10 @@ SUBJECTS = (
     _subject("masked_normalize", "whiten", MODELS, masked_normalize),
     _subject("log_probs_from_logits", "token_logp", MODELS, log_probs_from_logits),
     _subject("compute_entropy", "entropy", MODELS, compute_entropy),
-    _subject("get_advantages_and_returns", "gae", MAKER, advantages_and_returns),
-    _subject("get_cumulative_returns", "discounted_return", MAKER, cumulative_returns),
-    _subject("compute_advantages_and_returns rloo", "rloo", MAKER, rloo_advantage),
-    _subject("compute_advantages_and_returns dr_grpo", "group_centred", MAKER, dr_grpo_advantage),
-    _subject("compute_advantages_and_returns group_norm", "group_normalised", MAKER, group_norm_advantage),
+    _subject("RemoteExperienceMaker.get_advantages_and_returns", "gae", MAKER, advantages_and_returns),
+    _subject("RemoteExperienceMaker.get_cumulative_returns", "discounted_return", MAKER, cumulative_returns),
+    _subject("RemoteExperienceMaker.compute_advantages_and_returns rloo", "rloo", MAKER, rloo_advantage),
+    _subject("RemoteExperienceMaker.compute_advantages_and_returns dr_grpo", "group_centred", MAKER, dr_grpo_advantage),
+    _subject("RemoteExperienceMaker.compute_advantages_and_returns group_norm", "group_normalised", MAKER, group_norm_advantage),
     _subject("AdaptiveKLController.update", "adaptive_kl", CONTROLLER, adaptive_kl_controller),
 )  # fmt: skip

@@ -156,7 +156,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("skyrl", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("skyrl", function, kind, page, call, adapter)
 
 
 SUBJECTS = (
@@ -171,7 +171,7 @@ SUBJECTS = (
              x="losses", fixed={"reduction": "sequence_mean"}),
     *(_subject(f"compute_approx_kl {name}", "kl_estimator", PPO, logp="log_probs", ref_logp="log_probs_base",
                fixed={"kl_estimator_type": name}) for name in ("k1", "k2", "k3", "abs")),
-    *(_subject(f"compute_approx_kl {name}, as a loss", "kl_loss", PPO, "compute_approx_kl", logp="log_probs",
+    *(_subject(f"compute_approx_kl {name}, as a loss", "kl_loss", PPO, logp="log_probs",
                ref_logp="log_probs_base", fixed={"kl_estimator_type": name}) for name in ("k2", "k3")),
     _subject("masked_whiten", "whiten", PPO),
     _subject("compute_gae_advantage_return", "gae", PPO, gae_advantage_return),

@@ -121,7 +121,7 @@ def aggregate_loss_value(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("torchrl", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("torchrl", function, kind, page, call, adapter)
 
 
 _DISCOUNTED: dict[str, Any] = {"gamma": 0.99, "lam": 0.95, "fixed": {"gamma": 0.99, "lam": 0.95}}

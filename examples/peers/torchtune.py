@@ -69,7 +69,7 @@ def get_rewards_ppo(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("torchtune", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("torchtune", function, kind, page, call, adapter)
 
 
 SUBJECTS = (

@@ -159,7 +159,7 @@ def entropy_with_chunking(logits: Tensor) -> Tensor:
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
-    return Subject("verl", function, kind, page, call or function.split(" ")[0], adapter)
+    return Subject("verl", function, kind, page, call, adapter)
 
 
 _AGGREGATES = {

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from minirlhf.verify.binding import bind, required
 from minirlhf.verify.cases import generic, key_of, pool, size_of, smallest
 from minirlhf.verify.catalogue import bugs_of, kind_named, laws_of
 from minirlhf.verify.fit import FP64, agree, fit
 from minirlhf.verify.kinds import Case, Claim, Kind, Law
 from minirlhf.verify.probe import Lacking, Probe, Raised
 from minirlhf.verify.report import ABSENT, BROKEN, HOLDS, Finding, Report
-from minirlhf.verify.subject import Binding, SubjectError, bind, required, results_of
+from minirlhf.verify.subject import Binding, SubjectError, results_of
 from minirlhf.verify.zoo import nearest_bug
 
 _ATTEMPTS = 300
@@ -88,7 +89,11 @@ def _telling(findings: Sequence[Finding], kind: Kind) -> list[Claim]:
     broken = [
         (finding.law, finding.claim) for finding in findings if finding.status == BROKEN and finding.claim
     ]
-    return [c for law, c in broken if law.cases is not None or c.raw or (c.wrt and c.wrt not in kind.differentiable)]
+    return [
+        c
+        for law, c in broken
+        if law.cases is not None or c.raw or (c.wrt and c.wrt not in kind.differentiable)
+    ]
 
 
 def first_broken(law: Law, probe: Probe, cases: Sequence[Case]) -> Claim | None:

@@ -118,8 +118,8 @@ def _fitted(binding: Binding) -> tuple[Binding, Variant]:
 
 
 def _quality(variant: Variant) -> tuple[float, float, int]:
-    """How well it explains the subject: on how many cases, then how closely, then, where it does not explain all,
-    with how few numbers read off a subject that is wrong anyway."""
+    """How well it explains the subject: on how many cases, then how closely, then, where it does not explain
+    all, with how few numbers read off a subject that is wrong anyway."""
     fewer = 0 if variant.matched == 1.0 else -len(variant.built_in)
     return round(variant.matched, 9), -variant.tolerance, fewer
 
@@ -127,8 +127,8 @@ def _quality(variant: Variant) -> tuple[float, float, int]:
 def agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
     """Same shape, and equal within the tolerance, absolute and relative to the largest magnitude.
 
-    Infinities agree with themselves; NaN agrees with nothing. A log-prob of -inf may be any below -10,000, whose
-    exponential is 0 in every precision.
+    Infinities agree with themselves; NaN agrees with nothing. A log-prob of -inf may be any below -10,000,
+    whose exponential is 0 in every precision.
     """
     if got.shape != want.shape:
         return False
@@ -140,11 +140,16 @@ def agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
 
 
 def _outputs(binding: Binding, cases: list[Case]) -> tuple[Binding, list[Tensor | None]]:
-    """The main result on each case, None where it raised; masks become numbers where bool is refused."""
+    """The main result on each case, None where it raised.
+
+    Masks become numbers where bool is refused, and fp64 becomes fp32 where that is.
+    """
     main = binding.kind.fields[0] if binding.kind.fields else "result"
     first_error: BaseException | None = None
-    for dtype in (torch.bool, torch.float64, torch.int64):
-        tried, outputs = replace(binding, mask_dtype=dtype), []
+    masked = binding.kind.mask is not None and binding.kind.mask not in binding.absent
+    masks = (torch.bool, torch.float64, torch.int64) if masked else (torch.bool,)
+    for reals, mask in itertools.product((None, torch.float32), masks):
+        tried, outputs = replace(binding, mask_dtype=mask, real_dtype=reals), []
         for case in cases:
             try:
                 outputs.append(results_of(tried.call(own(case)), binding.kind)[main].detach())
@@ -155,8 +160,6 @@ def _outputs(binding: Binding, cases: list[Case]) -> tuple[Binding, list[Tensor 
                 outputs.append(None)
         if any(output is not None for output in outputs):
             return tried, outputs
-        if not any(a.neutral for a in binding.kind.arguments) or binding.kind.mask is None:
-            break
     raise SubjectError(
         f"{binding.label} raises on every input: {type(first_error).__name__}: {first_error}"
     ) from first_error

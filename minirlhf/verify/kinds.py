@@ -206,8 +206,9 @@ class Kind(NamedTuple):
     sizes: axis letter → (smallest, largest) in drawn cases.
     measure: number → how to read it off a subject that has it built in, from a few answers; None: it cannot.
     dialects, layouts: other ways to take an argument and to return the result.
-    anchor: a change of a case after which most wrong subjects are right (ratio 1, the whole batch at once): by
-        it the sign and reduction of a wrong one are told.
+    last_axis: what a subject calls the length of the last axis; one that asks for it gets tensors flattened.
+    anchor: a change of a case after which most wrong subjects are right (ratio 1, the whole batch at once):
+        by it the sign and reduction of a wrong one are told.
     fit_by: the argument whose gradient tells the variants apart, where values do not count; None: values do.
     """
 
@@ -231,6 +232,7 @@ class Kind(NamedTuple):
     measure: Mapping[str, Callable[[Ask], float | None]] = {}
     dialects: tuple[Dialect, ...] = ()
     layouts: tuple[Layout, ...] = ()
+    last_axis: tuple[str, ...] = ()
     anchor: Callable[[Case], Case] | None = None
     fit_by: str | None = None
 

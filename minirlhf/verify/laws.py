@@ -184,9 +184,10 @@ def batch_laws(arguments: Sequence[Argument], *, axis: str = "B") -> tuple[Law, 
     source = "property of every loss that is a function of its own row"
     return (
         Law("row_alone", "batch", "a row gives alone what it gives in a batch", source, alone),
-        Law("row_order", "batch", "reordering the rows reorders the result, and changes no mean", source, reordered),
-        Law("row_repeated", "batch", "repeating the batch changes no row and no mean", "HALOs e8c4e34: sum for mean",
-            repeated),
+        Law("row_order", "batch", "reordering the rows reorders the result, and changes no mean", source,
+            reordered),
+        Law("row_repeated", "batch", "repeating the batch changes no row and no mean",
+            "HALOs e8c4e34: sum for mean", repeated),
     )  # fmt: skip
 
 
@@ -246,7 +247,8 @@ def mask_laws(
 
     return (
         Law("garbage_under_mask", "mask", "finite numbers under the mask change neither value nor gradient",
-            "AReaL #1346, ROLL #447, SkyRL #1305", poisoned(numbers, "other numbers under the mask"), (mask,)),
+            "AReaL #1346, ROLL #447, SkyRL #1305", poisoned(numbers, "other numbers under the mask"),
+            (mask,)),
         Law("nan_under_mask", "mask", "NaN under the mask changes neither value nor gradient",
             "OpenRLHF #1240, verl #2377: NaN · 0 is NaN", poisoned(lambda x: torch.full_like(x, torch.nan),
                                                                  "NaN under the mask"), (mask,),
@@ -305,9 +307,10 @@ def numeric_laws(tensors: Sequence[str], *, loose: float = 5e4) -> tuple[Law, ..
     return (
         Law("single_precision", "numeric", "fp32 inputs give the fp64 result to single precision",
             "oracles in fp64", single),
-        Law("bfloat16", "numeric", "bf16 inputs are computed in fp32", "NeMo-RL, verl: log-probs upcast first",
-            half, proves=BFLOAT16),
-        Law("pure", "numeric", "inputs are left alone, and a second call gives the same", "P33: purity", pure),
+        Law("bfloat16", "numeric", "bf16 inputs are computed in fp32",
+            "NeMo-RL, verl: log-probs upcast first", half, proves=BFLOAT16),
+        Law("pure", "numeric", "inputs are left alone, and a second call gives the same",
+            "purity: TRL #3337", pure),
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ class Probe:
         return torch.where(case[name], result, 0.0)
 
     def _call(self, case: Case) -> dict[str, Tensor]:
-        """The results by name, or Raised; callers pass copies, so that a subject may write to what it gets."""
+        """The results by name, or Raised; callers pass copies, since a subject may write to what it gets."""
         try:
             return results_of(self.binding.call(case), self.binding.kind)
         except (Exception, SystemExit) as error:  # a stranger's function

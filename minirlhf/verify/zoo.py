@@ -154,7 +154,7 @@ def _bug_results(
 
 
 def _scales(probe: Probe) -> list[float]:
-    """What a result may legitimately be multiplied with: a bug, too, may be one of an objective to maximise."""
+    """What a result may legitimately be multiplied with: a bug may be one of an objective to maximise."""
     kind = probe.binding.kind
     return [sign * factor for sign in ((1, -1) if kind.signed else (1,)) for factor in kind.factors]
 

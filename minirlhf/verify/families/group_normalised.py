@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minirlhf.verify.families.groups import (
     EIGHT,
+    GROUP_SIZE,
     MASK,
     ONE,
     REWARD,
@@ -138,6 +139,7 @@ def _lone_success(case: Case, options: Options) -> list[float]:
 NORMALISED = Kind(
     name="group_normalised",
     title="group-normalised advantages",
+    last_axis=GROUP_SIZE,
     arguments=ARGUMENTS,
     returns="[P, G] without unit",
     shape=("P", "G"),

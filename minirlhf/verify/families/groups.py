@@ -1,7 +1,7 @@
 """Advantages of several samples of one prompt: leave-one-out, centred, normalised.
 
-`reward` is [P, G], one row for each prompt. A subject that takes them flattened, with the size of a group,
-is connected by `derived={"rewards": lambda case: case["reward"].flatten(), ...}`.
+`reward` is [P, G], one row for each prompt. A subject that asks for the size of a group, by one of the names
+in GROUP_SIZE, gets them flattened.
 """
 
 from collections.abc import Callable, Iterator
@@ -203,9 +203,14 @@ def by_outcome(right: float, wrong: float) -> list[float]:
     return [right if r else wrong for r in EIGHT[0]]
 
 
+GROUP_SIZE = ("num_generations", "group_size", "samples_per_prompt", "n_samples_per_prompt", "num_samples",
+              "num_return_sequences", "rloo_k", "k", "n", "g")  # fmt: skip
+"""What other libraries call G, and ask for where rewards come flattened."""
+
 RLOO = Kind(
     name="rloo",
     title="leave-one-out advantages",
+    last_axis=GROUP_SIZE,
     arguments=PLAIN,
     returns="[P, G] in reward units",
     shape=("P", "G"),
@@ -232,6 +237,7 @@ RLOO = Kind(
 CENTRED = Kind(
     name="group_centred",
     title="group-centred advantages, no standard deviation",
+    last_axis=GROUP_SIZE,
     arguments=PLAIN,
     returns="[P, G] in reward units",
     shape=("P", "G"),

@@ -144,7 +144,8 @@ def _uniform(f: Probed, case: Case) -> Iterator[Claim]:
 def _within(f: Probed, case: Case) -> Iterator[Claim]:
     low, high, _ = limits(case)
     mean = _mean_log_ratio(case)
-    near = mean.exp().clamp(low * 1.01, high * 0.99)
+    margin = 0.05 * (high - low)
+    near = mean.exp().clamp(low + margin, high - margin)
     inside = {**case, "logp": case["logp"] + (near.log() - mean)[:, None]}
     why = "every sequence within the limits: -s A"
     yield Claim(inside, f.value(inside), "==", f.reduced(-near * case["advantage"], case), why)

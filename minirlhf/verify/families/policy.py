@@ -133,7 +133,8 @@ def _one_sided(side: str, sign: float) -> Law:
 
 def _within(f: Probed, case: Case) -> Iterator[Claim]:
     low, high, _ = limits(case)
-    near = ratio(case).clamp(max(low, 0.0) + NEAR, high - NEAR)
+    margin = 0.05 * (high - low)
+    near = ratio(case).clamp(low + margin, high - margin)
     inside = {**case, "logp": case["old_logp"] + near.log()}
     why = "every ratio within the limits: -ρ A, the importance-weighted loss"
     yield Claim(inside, f.value(inside), "==", f.reduced(-counted(near * case["advantage"], case), case), why)
