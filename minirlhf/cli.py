@@ -27,7 +27,8 @@ from minirlhf.verify import SubjectError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 training failed or a defect found, 2 a mistake, 130 interrupted."""
+    """Runs one command and returns the exit code: 0 done, 1 training failed or a defect found, 2 a mistake,
+    130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = parse(arguments)

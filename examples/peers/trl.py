@@ -1,4 +1,4 @@
-"""TRL, any release: what each trainer computes from log-probs, and the helpers beside them.
+"""TRL from 1.0 on: what each trainer computes from log-probs, and the helpers beside them.
 
 The losses are methods of trainers that read little else: they are called on an object that has only that, with a
 model that answers with the log-probs of the case.
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from peers.frame import Page, Subject, load, with_attributes
 
-GRPO, DPO, KTO, RLOO, REWARD, PPO = (
-    Page(f"trl.trainer.{name}_trainer") for name in ("grpo", "dpo", "kto", "rloo", "reward", "ppo")
+GRPO, DPO, KTO, RLOO, REWARD = (
+    Page(f"trl.trainer.{name}_trainer") for name in ("grpo", "dpo", "kto", "rloo", "reward")
 )
 ORPO, CPO = (Page(f"trl.experimental.{name}.{name}_trainer") for name in ("orpo", "cpo"))
-OLD_ORPO, OLD_CPO = (Page(f"trl.trainer.{name}_trainer") for name in ("orpo", "cpo"))
-HELPERS, CORE = Page("trl.trainer.utils"), Page("trl.core")
+HELPERS = Page("trl.trainer.utils")
 
 
 def _accelerator() -> Any:
@@ -26,7 +25,7 @@ def _accelerator() -> Any:
     return with_attributes(device=torch.device("cpu"), num_processes=1, **same)
 
 
-def _trainer(training: bool = False, **attributes: Any) -> Any:
+def trainer(training: bool = False, **attributes: Any) -> Any:
     """What every trainer has."""
     return with_attributes(
         accelerator=_accelerator(),
@@ -43,7 +42,7 @@ def _grpo(logp: Tensor, advantage: Tensor, mask: Tensor, old: Tensor | None, ref
                            steps_per_generation=1)  # fmt: skip
     usual = {"beta": 0.0, "loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2,
              "importance_sampling_level": "token"}  # fmt: skip
-    trainer = _trainer(
+    theirs = trainer(
         True, args=args, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
         vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1,
         max_completion_length=logp.shape[1], _entropy_bonus_enabled=False,
@@ -54,7 +53,7 @@ def _grpo(logp: Tensor, advantage: Tensor, mask: Tensor, old: Tensor | None, ref
     inputs = {"prompt_ids": zeros, "prompt_mask": zeros + 1, "completion_ids": completion,
               "completion_mask": mask.to(logp.dtype), "advantages": advantage, "ref_per_token_logps": ref,
               "old_per_token_logps": old, "num_items_in_batch": mask.sum()}  # fmt: skip
-    return load(GRPO).GRPOTrainer._compute_loss(trainer, None, inputs)
+    return load(GRPO).GRPOTrainer._compute_loss(theirs, None, inputs)
 
 
 def grpo_loss(
@@ -95,14 +94,14 @@ def grpo_kl_term(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float = 1.0
 def rloo_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """`RLOOTrainer`, whose action is the whole completion: here each is one token."""
     new = logp.reshape(-1, 1)
-    trainer = _trainer(
+    theirs = trainer(
         epsilon_low=clip_low, epsilon_high=clip_high,
         _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros_like(new), None),
     )  # fmt: skip
     ids, old = torch.zeros(len(new), 1, dtype=torch.long), old_logp.flatten()
     inputs = {"prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids,
               "completion_mask": torch.ones_like(new), "advantages": advantage.flatten(), "old_logps": old}  # fmt: skip
-    return load(RLOO).RLOOTrainer._compute_loss(trainer, None, inputs)
+    return load(RLOO).RLOOTrainer._compute_loss(theirs, None, inputs)
 
 
 def _answer(log_probs: Tensor) -> Any:
@@ -136,7 +135,7 @@ def preference_loss(
     one = torch.ones_like(chosen_logp, dtype=torch.long)
     lengths = [one if length is None else length for length in (chosen_length, rejected_length)]
     log_probs, mask = _completions(torch.cat([chosen_logp, rejected_logp]), torch.cat(lengths))
-    trainer = _trainer(
+    theirs = trainer(
         ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss_type],
         loss_weights=[1.0], beta=beta, label_smoothing=label_smoothing, use_weighting=False,
         _total_train_tokens=0,
@@ -144,7 +143,7 @@ def preference_loss(
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
               "completion_mask": mask, "ref_chosen_logps": ref_chosen_logp,
               "ref_rejected_logps": ref_rejected_logp}  # fmt: skip
-    return load(DPO).DPOTrainer._compute_loss(trainer, _answer(log_probs), inputs, False)
+    return load(DPO).DPOTrainer._compute_loss(theirs, _answer(log_probs), inputs, False)
 
 
 def unpaired_loss(
@@ -158,7 +157,7 @@ def unpaired_loss(
 ) -> Tensor:
     """`KTOTrainer._compute_loss`."""
     log_probs, mask = _completions(logp, torch.ones_like(logp, dtype=torch.long))
-    trainer = _trainer(
+    theirs = trainer(
         calculate_KL=True, precompute_ref_logps=True, loss_type="kto", beta=beta,
         desirable_weight=desirable_weight, undesirable_weight=undesirable_weight, _total_train_tokens=0,
         _compute_kl_logps=lambda model, batch: kl.expand(len(logp)),
@@ -166,55 +165,37 @@ def unpaired_loss(
     batch = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
              "completion_mask": mask, "label": desirable, "ref_logps": ref_logp,
              "ref_KL_logps": torch.zeros_like(logp)}  # fmt: skip
-    return load(KTO).KTOTrainer._compute_loss(trainer, _answer(log_probs), batch, False)
+    return load(KTO).KTOTrainer._compute_loss(theirs, _answer(log_probs), batch, False)
 
 
 def reward_loss(chosen_reward: Tensor, rejected_reward: Tensor, margin: Tensor | None = None) -> Tensor:
     """`RewardTrainer.compute_loss`."""
     logits = torch.cat([chosen_reward, rejected_reward]).unsqueeze(1)
-    trainer = _trainer(args=with_attributes(center_rewards_coefficient=None), _total_train_tokens=0)
+    theirs = trainer(args=with_attributes(center_rewards_coefficient=None), _total_train_tokens=0)
     inputs = {} if margin is None else {"margin": margin}
     answer = with_attributes(logits=logits)
-    return load(REWARD).RewardTrainer.compute_loss(trainer, lambda **_: answer, inputs)
+    return load(REWARD).RewardTrainer.compute_loss(theirs, lambda **_: answer, inputs)
 
 
-def _reference_free(trainer: Any, chosen_logp: Tensor, rejected_logp: Tensor, method: str, **settings: Any) -> Tensor:
-    theirs = _trainer(**settings)
-    return getattr(trainer, method)(theirs, chosen_logp, rejected_logp)[0]
-
-
-def odds_ratio_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float) -> Tensor:
+def odds_ratio_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float, *, page: Page = ORPO) -> Tensor:
     """`odds_ratio_loss` of averaged log-probs; its trainer subtracts it from the likelihood's loss."""
-    trainer = load(ORPO).ORPOTrainer
-    return -_reference_free(trainer, chosen_logp, rejected_logp, "odds_ratio_loss", beta=weight)
+    theirs = load(page).ORPOTrainer.odds_ratio_loss
+    return -theirs(trainer(beta=weight), chosen_logp, rejected_logp)[0]
 
 
-def old_odds_ratio_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float) -> Tensor:
-    """The same, of releases before 1.0."""
-    trainer = load(OLD_ORPO).ORPOTrainer
-    return -_reference_free(trainer, chosen_logp, rejected_logp, "odds_ratio_loss", beta=weight)
-
-
-def simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: float) -> Tensor:
+def simpo_loss(
+    chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: float, *, page: Page = CPO
+) -> Tensor:
     """`cpo_loss` of type simpo, of averaged log-probs."""
     how = {"loss_type": "simpo", "simpo_gamma": gamma, "label_smoothing": 0.0, "alpha": 0.0}
-    return _reference_free(load(CPO).CPOTrainer, chosen_logp, rejected_logp, "cpo_loss", beta=beta, **how)
-
-
-def old_simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: float) -> Tensor:
-    """The same, of releases before 1.0."""
-    how = {"loss_type": "simpo", "simpo_gamma": gamma, "label_smoothing": 0.0}
-    return _reference_free(load(OLD_CPO).CPOTrainer, chosen_logp, rejected_logp, "cpo_loss", beta=beta, **how)
+    return load(page).CPOTrainer.cpo_loss(trainer(beta=beta, **how), chosen_logp, rejected_logp)[0]
 
 
 def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: Any) -> Subject:
     return Subject("trl", function, kind, page, call, adapter)
 
 
-_PREFERENCES = {"sigmoid": "dpo", "hinge": "hinge"}
-_LABELS = {"sequence_logp": {}}
-
-TODAY = (
+SUBJECTS = (
     *(_subject(f"GRPOTrainer._compute_loss {name}", "clipped_surrogate", GRPO, grpo_loss,
                fixed={"loss_type": name}) for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
     _subject("GRPOTrainer._compute_loss sequence", "gspo", GRPO, gspo_loss),
@@ -222,8 +203,8 @@ TODAY = (
     _subject("GRPOTrainer._compute_loss, KL", "kl_loss", GRPO, grpo_kl_term, fixed={"corrected": False}),
     _subject("GRPOTrainer._compute_loss, KL corrected", "kl_loss", GRPO, grpo_kl_term, fixed={"corrected": True}),
     _subject("RLOOTrainer._compute_loss", "clipped_surrogate", RLOO, rloo_loss),
-    *(_subject(f"DPOTrainer._compute_loss {name}", kind, DPO, preference_loss, fixed={"loss_type": name},
-               without=()) for name, kind in (("sigmoid", "dpo"), ("hinge", "hinge"), ("robust", "robust_dpo"))),
+    *(_subject(f"DPOTrainer._compute_loss {name}", kind, DPO, preference_loss, fixed={"loss_type": name})
+      for name, kind in (("sigmoid", "dpo"), ("hinge", "hinge"), ("robust", "robust_dpo"))),
     _subject("DPOTrainer._compute_loss ipo", "ipo", DPO, preference_loss, fixed={"loss_type": "ipo"}, tau="beta"),
     _subject("KTOTrainer._compute_loss", "kto", KTO, unpaired_loss),
     _subject("RewardTrainer.compute_loss", "bradley_terry", REWARD, reward_loss),

@@ -257,7 +257,7 @@ def _read(derived: Mapping[str, Callable[[Case], Any]], kind: Kind) -> set[str]:
                 value(_Noting(case, seen))
             except Exception as error:
                 raise SubjectError(
-                    f"derived[{parameter!r}] raises {type(error).__name__}: {error}; it is given the arguments "
+                    f"derived[{parameter!r}] raises {type(error).__name__}: {error}; it gets the arguments "
                     f"of {kind.name} {kind.signature} as a dict, optional ones only where they are used"
                 ) from error
     return seen

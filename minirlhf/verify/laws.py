@@ -205,20 +205,9 @@ def mask_laws(
         a.name for a in arguments if isinstance(a.domain, Reals) and a.shape[:2] == _shape_of(arguments, mask)
     ]
 
-    def with_garbage(case: Case, garbage: Callable[[Tensor], Tensor]) -> Case:
-        changed = dict(case)
-        for name in masked:
-            if name in case:
-                keep = case[mask].reshape(*case[mask].shape, *(1,) * (case[name].ndim - case[mask].ndim))
-                changed[name] = torch.where(keep, case[name], garbage(case[name]))
-        return changed
-
-    def numbers(x: Tensor) -> Tensor:
-        return (torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape) * 7.3 + 1).sin() * 5
-
     def poisoned(garbage: Callable[[Tensor], Tensor], why: str) -> Check:
         def check(f: Probed, case: Case) -> Iterator[Claim]:
-            changed = with_garbage(case, garbage)
+            changed = _with_garbage(case, garbage, masked, mask)
             yield Claim(changed, f.value(changed), "==", f.value(case), why)
             for wrt in differentiable:
                 if wrt in case:
@@ -247,7 +236,7 @@ def mask_laws(
 
     return (
         Law("garbage_under_mask", "mask", "finite numbers under the mask change neither value nor gradient",
-            "AReaL #1346, ROLL #447, SkyRL #1305", poisoned(numbers, "other numbers under the mask"),
+            "AReaL #1346, ROLL #447, SkyRL #1305", poisoned(_other_numbers, "other numbers under the mask"),
             (mask,)),
         Law("nan_under_mask", "mask", "NaN under the mask changes neither value nor gradient",
             "OpenRLHF #1240, verl #2377: NaN · 0 is NaN", poisoned(lambda x: torch.full_like(x, torch.nan),
@@ -258,6 +247,20 @@ def mask_laws(
         Law("zero_under_mask", "mask", "the result is exactly 0 where the mask is False", "verl #1527",
             exactly_zero, (mask,), proves=zeros),
     )  # fmt: skip
+
+
+def _with_garbage(case: Case, garbage: Callable[[Tensor], Tensor], names: Sequence[str], mask: str) -> Case:
+    """The case with something else in these tensors, wherever the mask is False."""
+    changed = dict(case)
+    for name in names:
+        if name in case:
+            keep = case[mask].reshape(*case[mask].shape, *(1,) * (case[name].ndim - case[mask].ndim))
+            changed[name] = torch.where(keep, case[name], garbage(case[name]))
+    return changed
+
+
+def _other_numbers(x: Tensor) -> Tensor:
+    return (torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape) * 7.3 + 1).sin() * 5
 
 
 def empty_row_law(arguments: Sequence[Argument]) -> Law:

@@ -135,8 +135,8 @@ def test_each_law_is_one_test_in_a_users_own_suite(tmp_path: Path) -> None:
     (tmp_path / "subjects.py").write_text(SUBJECTS.read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(tmp_path)]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True,
-                          text=True)  # fmt: skip
+    environment = {"PYTHONPATH": str(root), "PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert failed and all("test_wrong" in line for line in failed)

@@ -414,6 +414,8 @@ def test_a_trainer_that_raises_is_a_verdict_with_the_place_of_the_error() -> Non
 def test_the_policy_is_looked_at_every_so_many_updates() -> None:
     report = along(lambda n: tilted_by(n / 100), max_updates=20, check_every=8)
     assert [check.update for check in report.checks] == [0, 8, 16, 20]
+    for check in report.checks:
+        assert check.statistic == pytest.approx(float(SMALL.statistic(tilted_by(check.update / 100))))
 
 
 def test_a_policy_in_buffers_that_the_trainer_writes_to_is_copied() -> None:
