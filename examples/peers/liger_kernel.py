@@ -1,5 +1,10 @@
-"""Liger Kernel: the losses inside its fused linear layers, on log-probs."""
+"""Liger Kernel: its fused linear layers for preferences, and the GRPO loss inside of its fused layer.
 
+A layer takes hidden states, and computes log-probs by itself. Here each response is one token of a vocabulary of
+two, and then one that is ignored; the hidden states are the logits of the policy and those of the reference.
+"""
+
+import inspect
 from typing import Any
 
 import torch
@@ -7,34 +12,57 @@ from torch import Tensor
 
 from peers.frame import Page, Subject, load
 
-CHUNKED = "liger_kernel.chunked_loss."
 DPO, SIMPO, ORPO, CPO, KTO, GRPO = (
-    Page(CHUNKED + name)
-    for name in ("dpo_loss", "simpo_loss", "orpo_loss", "cpo_loss", "kto_loss", "grpo_loss")
+    Page(f"liger_kernel.chunked_loss.{name}_loss") for name in ("dpo", "simpo", "orpo", "cpo", "kto", "grpo")
 )
-_SMOOTHING = "label_smoothing"
+_PLAIN = {"compute_nll_loss": False, "compiled": False}
 
 
-def _pairs(chosen_logp: Tensor) -> Tensor:
-    """The labels of a whole batch of pairs: only how many they are is read."""
-    return torch.zeros(2 * len(chosen_logp), 1, dtype=torch.long)
+def _hidden(logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
+    """What a layer takes so that token 0 has these log-probs."""
+    logits = [torch.stack([x, torch.log1p(-x.exp())], dim=-1) for x in (logp, ref_logp)]
+    states = torch.cat(logits, dim=-1)
+    policy, reference = torch.eye(4, dtype=logp.dtype).split(2)
+    tokens = torch.tensor([[0, -100]]).expand(len(logp), 2)
+    given = {"_input": torch.stack([states, states + 1.0], dim=1), "lin_weight": policy, "target": tokens}
+    return given | {"ref_input": given["_input"].detach(), "ref_weight": reference}
 
 
-def dpo_loss(
+def _answer(layer: torch.nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """The loss of a layer that takes all or some of these."""
+    taken = inspect.signature(layer.forward).parameters
+    return layer(**{name: value for name, value in given.items() if name in taken})[0]
+
+
+def _negative(*logps: Tensor) -> Tensor:
+    """What is to be subtracted so that all are log-probs; a loss of their differences does not see it."""
+    return torch.stack([*logps, torch.zeros_like(logps[0])]).amax(0).detach() + 0.125
+
+
+def dpo_layer(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
     ref_rejected_logp: Tensor,
     beta: float,
-    **fixed: Any,
+    **settings: Any,
 ) -> Tensor:
-    """`LigerFusedLinearDPOFunction`."""
-    loss = load(DPO).LigerFusedLinearDPOFunction.preference_loss_fn
-    references = {"ref_chosen_logps": ref_chosen_logp, "ref_rejected_logps": ref_rejected_logp}
-    return loss(chosen_logp, rejected_logp, _pairs(chosen_logp), beta=beta, **references, **fixed)[0]
+    """`LigerFusedLinearDPOLoss`."""
+    policy, reference = torch.cat([chosen_logp, rejected_logp]), torch.cat([ref_chosen_logp, ref_rejected_logp])
+    above = _negative(policy, reference)
+    layer = load(DPO).LigerFusedLinearDPOLoss(beta=beta, use_ref_model=True, **_PLAIN, **settings)
+    return _answer(layer, _hidden(policy - above, reference - above))
 
 
-def robust_dpo_loss(
+def hinge_layer(
+    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+) -> Tensor:
+    """`LigerFusedLinearDPOLoss` of type hinge."""
+    pair = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return dpo_layer(*pair, beta, loss_type="hinge")
+
+
+def robust_layer(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
@@ -42,35 +70,44 @@ def robust_dpo_loss(
     beta: float,
     label_smoothing: float,
 ) -> Tensor:
-    """`LigerFusedLinearDPOFunction` of type robust."""
+    """`LigerFusedLinearDPOLoss` of type robust."""
     pair = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return dpo_loss(*pair, beta, loss_type="robust", label_smoothing=label_smoothing)
+    return dpo_layer(*pair, beta, loss_type="robust", label_smoothing=label_smoothing)
 
 
-def simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: float) -> Tensor:
-    """`LigerFusedLinearSimPOFunction`, of averaged log-probs."""
-    loss = load(SIMPO).LigerFusedLinearSimPOFunction.preference_loss_fn
-    return loss(chosen_logp, rejected_logp, _pairs(chosen_logp), beta=beta, gamma=gamma)[0]
+def _pair(chosen_logp: Tensor, rejected_logp: Tensor) -> dict[str, Tensor]:
+    logps = torch.cat([chosen_logp, rejected_logp])
+    return _hidden(logps, logps.detach())
 
 
-def odds_ratio_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float) -> Tensor:
-    """`LigerFusedLinearORPOFunction`, of averaged log-probs."""
-    loss = load(ORPO).LigerFusedLinearORPOFunction.preference_loss_fn
-    return loss(chosen_logp, rejected_logp, _pairs(chosen_logp), beta=weight)[0]
+def simpo_layer(chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: float) -> Tensor:
+    """`LigerFusedLinearSimPOLoss`, of averaged log-probs."""
+    layer = load(SIMPO).LigerFusedLinearSimPOLoss(beta=beta, gamma=gamma, **_PLAIN)
+    above = _negative(chosen_logp, rejected_logp)
+    return _answer(layer, _pair(chosen_logp - above, rejected_logp - above))
 
 
-def cpo_loss(
+def cpo_layer(
     chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
 ) -> Tensor:
-    """`LigerFusedLinearCPOFunction`: DPO of the log-ratios, since its reference is uniform."""
-    loss, pairs = load(CPO).LigerFusedLinearCPOFunction.preference_loss_fn, _pairs(chosen_logp)
-    return loss(chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp, pairs, beta=beta)[0]
+    """`LigerFusedLinearCPOLoss`: DPO of the log-ratios, since its reference is uniform."""
+    chosen, rejected = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp
+    layer, above = load(CPO).LigerFusedLinearCPOLoss(beta=beta, **_PLAIN), _negative(chosen, rejected)
+    return _answer(layer, _pair(chosen - above, rejected - above))
 
 
-def kto_loss(logp: Tensor, ref_logp: Tensor, desirable: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """`LigerFusedLinearKTOFunction`; the reference point comes detached."""
-    loss = load(KTO).LigerFusedLinearKTOFunction.preference_loss_fn
-    return loss(logp, desirable, logp, ref_log_prob_chunk=ref_logp, beta=beta, kl=kl.detach())[0]
+def orpo_layer(chosen_logp: Tensor, rejected_logp: Tensor, weight: float) -> Tensor:
+    """`LigerFusedLinearORPOLoss`, of averaged log-probs."""
+    layer = load(ORPO).LigerFusedLinearORPOLoss(beta=weight, compiled=False)
+    return _answer(layer, _pair(chosen_logp, rejected_logp))
+
+
+def kto_layer(logp: Tensor, ref_logp: Tensor, desirable: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """`LigerFusedLinearKTOLoss`; the reference point comes detached."""
+    above = _negative(logp, ref_logp)
+    layer = load(KTO).LigerFusedLinearKTOLoss(beta=beta, compiled=False, use_ref_model=True)
+    given = {"preference_labels": desirable, "kl": kl.detach()}
+    return _answer(layer, _hidden(logp - above, ref_logp - above) | given)
 
 
 def grpo_loss(
@@ -123,13 +160,13 @@ def _subject(function: str, kind: str, page: Page, call: Any, **adapter: Any) ->
 
 
 SUBJECTS = (
-    _subject("LigerFusedLinearDPOFunction", "dpo", DPO, dpo_loss),
-    _subject("LigerFusedLinearDPOFunction hinge", "hinge", DPO, dpo_loss, fixed={"loss_type": "hinge"}),
-    _subject("LigerFusedLinearDPOFunction robust", "robust_dpo", DPO, robust_dpo_loss),
-    _subject("LigerFusedLinearSimPOFunction", "simpo", SIMPO, simpo_loss),
-    _subject("LigerFusedLinearORPOFunction", "orpo", ORPO, odds_ratio_loss),
-    _subject("LigerFusedLinearCPOFunction", "dpo", CPO, cpo_loss),
-    _subject("LigerFusedLinearKTOFunction", "kto", KTO, kto_loss),
+    _subject("LigerFusedLinearDPOLoss", "dpo", DPO, dpo_layer),
+    _subject("LigerFusedLinearDPOLoss hinge", "hinge", DPO, hinge_layer),
+    _subject("LigerFusedLinearDPOLoss robust", "robust_dpo", DPO, robust_layer),
+    _subject("LigerFusedLinearSimPOLoss", "simpo", SIMPO, simpo_layer),
+    _subject("LigerFusedLinearORPOLoss", "orpo", ORPO, orpo_layer),
+    _subject("LigerFusedLinearCPOLoss", "dpo", CPO, cpo_layer),
+    _subject("LigerFusedLinearKTOLoss", "kto", KTO, kto_layer),
     *(_subject(f"LigerFusedLinearGRPOFunction {name}", "clipped_surrogate", GRPO, grpo_loss,
                fixed={"loss_type": name}) for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
     _subject("LigerFusedLinearGRPOFunction sequence", "gspo", GRPO, gspo_loss),

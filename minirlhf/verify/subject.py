@@ -121,6 +121,8 @@ class Binding:
         return result.reshape(shape) if result.numel() == shape.numel() else result
 
     def _converted(self, name: str, value: Any) -> Any:
+        if self.mask_dtype == torch.bool and self.real_dtype is None:
+            return value
         domain = self.kind.argument(name).domain
         if isinstance(domain, Mask):
             return value.to(self.mask_dtype)

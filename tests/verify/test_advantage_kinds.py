@@ -50,7 +50,6 @@ ZOO: tuple[Bug, ...] = tuple(
 SPECIMENS = {bug.specimen: bug.kind for bug in ZOO}
 RIGHT = [*advantage_variants.RIGHT, *reward_variants.RIGHT]
 WRONG = [*advantage_variants.WRONG, *reward_variants.WRONG]
-SAME_AS = {"KL paid instead of charged": {"direction of the KL turned", "KL paid instead of charged"}}
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -77,17 +76,6 @@ def test_a_specimen_is_right(specimen: Callable[..., Any]) -> None:
     report = certify(specimen, SPECIMENS[specimen])
     assert report, str(report)
     assert set(report.absent) <= {"bfloat16 input", "a single token", "NaN-safe mask", "interior masks"}
-
-
-@pytest.mark.parametrize("kind", OURS)
-def test_every_known_bug_is_defective_and_recognised(kind: str) -> None:
-    bugs = [bug for bug in ZOO if bug.kind == kind]
-    assert len(bugs) >= 8
-    for bug in bugs:
-        report = certify(bug.plant(), kind, shrink_seconds=0)
-        assert not report, bug.name
-        assert report.nearest is not None, bug.name
-        assert report.nearest.bug.name in SAME_AS.get(bug.name, {bug.name})
 
 
 @pytest.mark.parametrize("variant", RIGHT, ids=lambda v: f"{v.kind}-{v.fn.__name__}")

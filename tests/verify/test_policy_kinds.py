@@ -12,7 +12,8 @@ from minirlhf.objectives import importance, masked, policy, policy_variants, val
 from minirlhf.verify import KINDS, certify
 from minirlhf.verify.bugs.policy import policy_gradient
 from minirlhf.verify.report import ABSENT
-from tests.verify.policy_variants import RIGHT, WRONG, Variant, trl_grpo
+from tests.verify.policy_defects import WRONG
+from tests.verify.policy_variants import RIGHT, Variant, trl_grpo
 
 
 def aligned_logp(logits: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -294,8 +294,8 @@ GAE_LAWS = (
     *bootstrap_laws(GAE_VIEW, _decay, _discount),
     _cut(),
     *time_laws(GAE_VIEW, INPUTS),
-    finite_at("long_rows", "170 tokens at γλ = .01: no division by a power that underflows", "oracles 1.7",
-              lambda: long_row(gamma=0.1, lam=0.1)),
+    finite_at("long_rows", "60 tokens at γλ = 5e-7: no division by a power that underflows", "oracles 1.7",
+              lambda: long_row(gamma=1e-6, lam=0.5)),
     *mask_laws(ARGUMENTS, differentiable=()),
 )  # fmt: skip
 
