@@ -62,7 +62,7 @@ def test_positional_only_parameters_are_reached_by_order() -> None:
 
 
 def test_a_rename_wins_over_the_name() -> None:
-    swapped = {"chosen_logp": "rejected_logp", "rejected_logp": "chosen_logp"}
+    swapped: dict[str, Any] = {"chosen_logp": "rejected_logp", "rejected_logp": "chosen_logp"}
     assert certify(dpo_loss, "dpo", **swapped).nearest is not None
 
 
@@ -86,7 +86,7 @@ def test_the_result_is_picked_from_a_dict(pick: str | Callable[[Any], Any]) -> N
     def with_metrics(**inputs: Any) -> dict[str, Any]:
         return {"accuracy": torch.tensor(0.5), "loss": dpo_loss(**inputs)}
 
-    names = {a.name: a.name for a in kind_named("dpo").arguments}
+    names: dict[str, Any] = {a.name: a.name for a in kind_named("dpo").arguments}
     assert certify(with_metrics, "dpo", output=pick, **names)
     assert not certify(lambda **x: with_metrics(**x)["accuracy"], "dpo", **names)
 
@@ -190,12 +190,13 @@ def test_the_report_as_json_has_everything() -> None:
     assert all("counter_example" in law for law in found["laws"] if law["status"] == BROKEN)
 
 
-def test_the_random_state_and_the_default_dtype_are_left_alone() -> None:
-    state = torch.get_rng_state()
+def test_random_state_default_dtype_and_thread_count_are_left_alone() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     certify(lambda chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta: F.softplus(
         -beta * (chosen_logp - rejected_logp - ref_chosen_logp + ref_rejected_logp)), "dpo")  # fmt: skip
     assert torch.equal(state, torch.get_rng_state())
     assert torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == threads
 
 
 class Module(torch.nn.Module):

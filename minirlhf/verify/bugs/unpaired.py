@@ -38,7 +38,6 @@ def _point(name: str, right: str, wrong: str, seen: str = "common") -> Bug:
 
 
 BUGS = (
-    _kto("reference point not detached", "kl.detach()", "kl", "oracles K2"),
     _kto("reference point forgotten", "beta * (s - kl.detach())", "beta * s"),
     _kto("sign of the reference point", "s - kl.detach()", "s + kl.detach()"),
     _kto("reference point outside beta", "beta * (s - kl.detach())", "beta * s - kl.detach()"),

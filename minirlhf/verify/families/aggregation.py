@@ -29,6 +29,7 @@ from minirlhf.verify.laws import (
     mask_laws,
     numeric_laws,
     relation,
+    rows_of,
     table,
 )
 from minirlhf.verify.probe import Raised
@@ -190,6 +191,10 @@ def _rows_weigh_the_same(f: Probed, case: Case) -> Iterator[Claim]:
 
 
 def _concatenation(f: Probed, case: Case) -> Iterator[Claim]:
+    # A mean over sequences may leave out those in which nothing counts: no part is to become one.
+    case = rows_of(TOKENS, case, (case["mask"].sum(-1) >= 2).nonzero().flatten())
+    if not len(case["mask"]):
+        return
     first = case["mask"] & (case["mask"].cumsum(-1) % 2 == 1)
     parts = [{**case, "mask": part} for part in (first, case["mask"] & ~first)]
     want = f.value(parts[0]) + f.value(parts[1])

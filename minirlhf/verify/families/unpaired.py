@@ -104,15 +104,19 @@ def _opposites() -> Law:
                "L_d/w_d + L_u/w_u = 1, and they mirror each other about z₀", "oracles K3", check)  # fmt: skip
 
 
+DETACHED = "detached reference point"
+
+
 def _stop_gradient() -> Law:
-    """The paper's stop-gradient: the reference point is measured, not learned."""
+    """The paper's stop-gradient: the reference point is measured, not learned. Where it is an argument, a
+    caller may have seen to it."""
 
     def check(f: Probed, case: Case) -> Iterator[Claim]:
         zero = torch.zeros_like(case["kl"])
         yield Claim(case, f.grad(case, "kl"), "==", zero, "z₀ gets no gradient: detach it", wrt="kl")
 
     return Law("no_gradient_to_the_reference_point", "gradient", "z₀ gets no gradient",
-               "oracles K2; " + ETHAYARAJH, check)  # fmt: skip
+               "oracles K2; " + ETHAYARAJH, check, proves=DETACHED)  # fmt: skip
 
 
 def _one_class() -> Law:
