@@ -159,7 +159,8 @@ def test_a_batch_without_a_single_counted_token_gives_zeros_and_zero_gradients(
 @pytest.mark.parametrize("function", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gets_its_softmax_in_fp32(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    states, unembedding, tokens, mask = batch(4, v=400, d=16, dtype=dtype)
+    states, unembedding, tokens, mask = batch(9, v=400, d=16, dtype=dtype)
+    assert mask.any(), "a batch in which nothing counts would claim nothing"
     logits = (states @ unembedding.T).double()  # rounded to half precision once, in the product
     right = torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
     got = outputs(function, states, unembedding, tokens, mask, tau=1.0)
@@ -191,7 +192,8 @@ def test_the_dense_twins_work_under_vmap_of_grad_over_masks_and_weights(
 
 @pytest.mark.parametrize("function", [token_logp_dense, token_logp_and_entropy_dense])
 def test_the_dense_twins_compile_as_one_graph(function: Callable[..., Tensor]) -> None:
-    args = batch(6)
+    args = batch(10)
+    assert args[3].any(), "a batch in which nothing counts would claim nothing"
 
     def run(states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor) -> list[Tensor]:
         return outputs(function, states, unembedding, tokens, mask, tau=0.8)

@@ -163,8 +163,8 @@ def _certain() -> Law:
 
 
 def _unlikely() -> list[Case]:
-    """Far below and near certainty, as far as naive log(1 - p) in fp64 goes."""
-    pairs = ((-1e4, -1.0), (-1.0, -1e4), (-1e4, -1e4), (-1e-4, -2.0), (-2.0, -1e-4), (-1e-5, -2e-5))
+    """Far below and near certainty, as far as naive log(1 - p) in fp32 goes."""
+    pairs = ((-1e4, -1.0), (-1.0, -1e4), (-1e4, -1e4), (-1e-4, -2.0), (-2.0, -1e-4), (-1e-3, -2e-3))
     return [token_pair(*pair, weight=0.5) for pair in pairs]
 
 
@@ -199,7 +199,7 @@ ORPO = Kind(
         bounded("at_least_the_likelihood", "limit", "the odds ratio only adds", HONG, ">=",
                 lambda c, f: f.reduced(_nll(c, f.options), c)),
         repeated_tokens(BOTH),
-        finite_at("stable", "for log-probs from -10,000 to -.00001 per token value and gradient are right",
+        finite_at("stable", "for log-probs from -10,000 to -.0001 per token value and gradient are right",
                   "P21: numeric range", _unlikely, gradients=BOTH),
         _certain(),
         *batch_laws(_ARGUMENTS),
