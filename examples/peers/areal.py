@@ -51,7 +51,11 @@ def masked_normalization(x: Tensor, mask: Tensor, epsilon: float) -> Tensor:
 
 
 def dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`dpo_preference_loss` of the difference of the pair."""
     margin = (chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp)

@@ -86,7 +86,7 @@ def load(page: Page) -> Any:
 
 def _imported(page: Page) -> types.ModuleType | Unavailable:
     top = page.name.partition(".")[0]
-    if top not in sys.modules and importlib.util.find_spec(top) is None:
+    if sys.modules.get(top) is None and importlib.util.find_spec(top) is None:
         return Unavailable("not installed")
     complaint: BaseException | None = None
     for unused, skipped in dict.fromkeys([((), ()), (page.unused, ()), (page.unused, page.skipped)]):

@@ -48,14 +48,21 @@ def dpo_layer(
     **settings: Any,
 ) -> Tensor:
     """`LigerFusedLinearDPOLoss`."""
-    policy, reference = torch.cat([chosen_logp, rejected_logp]), torch.cat([ref_chosen_logp, ref_rejected_logp])
+    policy, reference = (
+        torch.cat([chosen_logp, rejected_logp]),
+        torch.cat([ref_chosen_logp, ref_rejected_logp]),
+    )
     above = _negative(policy, reference)
     layer = load(DPO).LigerFusedLinearDPOLoss(beta=beta, use_ref_model=True, **_PLAIN, **settings)
     return _answer(layer, _hidden(policy - above, reference - above))
 
 
 def hinge_layer(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`LigerFusedLinearDPOLoss` of type hinge."""
     pair = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -88,7 +95,11 @@ def simpo_layer(chosen_logp: Tensor, rejected_logp: Tensor, beta: float, gamma: 
 
 
 def cpo_layer(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`LigerFusedLinearCPOLoss`: DPO of the log-ratios, since its reference is uniform."""
     chosen, rejected = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp

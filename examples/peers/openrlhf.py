@@ -50,7 +50,9 @@ def corrected_policy_weights(logp: Tensor, behaviour_logp: Tensor, mask: Tensor,
     return torch.autograd.grad(total, new)[0]
 
 
-def masking_policy_loss(logp: Tensor, behaviour_logp: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
+def masking_policy_loss(
+    logp: Tensor, behaviour_logp: Tensor, mask: Tensor, low: float, high: float
+) -> Tensor:
     """Its correction of the sampler's log-probs in mode "mask"."""
     return corrected_policy_weights(logp, behaviour_logp, mask, low=low, high=high, mode="mask")
 
@@ -81,7 +83,11 @@ def log_exp_loss(chosen_reward: Tensor, rejected_reward: Tensor, margin: Tensor 
 
 
 def dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`DPOLoss`."""
     return load(LOSS).DPOLoss(beta)(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)[0]

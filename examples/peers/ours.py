@@ -1,6 +1,17 @@
 """Our own objectives: the control. They are certified like everybody's."""
 
+from torch import Tensor
+
+from minirlhf.objectives.divergence import KLController, adapt_kl
 from peers.frame import Page, Subject
+
+
+def adapted_kl(coefficient: Tensor, kl: Tensor, target: float, horizon: float, n_steps: float) -> Tensor:
+    """`adapt_kl` of a state that is the coefficient."""
+    return adapt_kl(
+        KLController(coefficient), kl, target=target, horizon=horizon, n_steps=n_steps
+    ).coefficient
+
 
 _PAGES = {
     "advantages": {"gae": "gae", "discounted_return": "discounted_return", "whiten": "whiten",
@@ -28,8 +39,10 @@ _PAGES = {
     "value": {"value_loss": "value_loss", "clipped_value_loss": "clipped_value_loss"},
 }  # fmt: skip
 
+_CALLS = {"adapt_kl": adapted_kl}
+
 SUBJECTS = tuple(
-    Subject("minirlhf", function, kind, Page(f"minirlhf.objectives.{page}"))
+    Subject("minirlhf", function, kind, Page(f"minirlhf.objectives.{page}"), _CALLS.get(function))
     for page, functions in _PAGES.items()
     for function, kind in functions.items()
 )

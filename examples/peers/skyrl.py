@@ -52,7 +52,10 @@ def ppo_policy_loss(
 ) -> Tensor:
     """The default loss, of advantages scaled for the reduction."""
     kind = "regular" if dual_clip is None else "dual_clip"
-    config, scaled = _config(clip_low, clip_high, kind, dual_clip or 3.0), _reduced(advantage, mask, reduction)
+    config, scaled = (
+        _config(clip_low, clip_high, kind, dual_clip or 3.0),
+        _reduced(advantage, mask, reduction),
+    )
     return load(PPO).ppo_policy_loss(logp, old_logp, scaled, config, mask)[0]
 
 
@@ -145,7 +148,9 @@ def sequence_mask(
     logp: Tensor, behaviour_logp: Tensor, mask: Tensor, low: float, high: float, *, metric: str
 ) -> Tensor:
     """The mask of sequences whose ratio is in the band: [B, 1], spread over the tokens."""
-    limits = with_attributes(geo_mask_low=low, geo_mask_high=high, product_mask_low=low, product_mask_high=high)
+    limits = with_attributes(
+        geo_mask_low=low, geo_mask_high=high, product_mask_low=low, product_mask_high=high
+    )
     kept = load(CORRECTION).compute_sequence_mask(logp, behaviour_logp, mask, metric, limits)[0]
     return kept.expand_as(logp)
 

@@ -13,7 +13,9 @@ DATA = Page("tinker_cookbook.rl.data_processing")
 
 def compute_advantages(reward: Tensor, mask: Tensor) -> Tensor:
     """Centred rewards of each group; unscored samples are not in it."""
-    groups = [with_attributes(get_total_rewards=row[kept].tolist) for row, kept in zip(reward, mask, strict=True)]
+    groups = [
+        with_attributes(get_total_rewards=row[kept].tolist) for row, kept in zip(reward, mask, strict=True)
+    ]
     advantage = torch.zeros_like(reward)
     for row, kept, theirs in zip(advantage, mask, load(DATA).compute_advantages(groups), strict=True):
         row[kept] = theirs.to(reward.dtype)
@@ -21,7 +23,11 @@ def compute_advantages(reward: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """DPO of lists of summed log-probs."""
     lists = (list(x) for x in (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp))

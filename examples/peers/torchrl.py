@@ -47,14 +47,24 @@ def _advantages(name: str) -> Any:
 
 
 def generalized_advantage_estimate(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap_value: Tensor | None = None
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loop over time."""
     return _advantages("generalized_advantage_estimate")(reward, value, mask, gamma, lam, bootstrap_value)
 
 
 def vec_generalized_advantage_estimate(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap_value: Tensor | None = None
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The convolution."""
     return _advantages("vec_generalized_advantage_estimate")(reward, value, mask, gamma, lam, bootstrap_value)
@@ -101,7 +111,9 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float
     return _objective("GRPOLoss", logp, old_logp, advantage, clip_low, clip_high)
 
 
-def cispo_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def cispo_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
     """`CISPOLoss`, per token."""
     return _objective("CISPOLoss", logp, old_logp, advantage, clip_low, clip_high)
 

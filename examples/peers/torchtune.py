@@ -12,7 +12,11 @@ LOSS = Page("torchtune.rlhf.loss")
 
 
 def dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`DPOLoss`."""
     return load(LOSS).DPOLoss(beta)(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)[0]
@@ -32,13 +36,19 @@ def smoothed_dpo_loss(
 
 
 def rso_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
 ) -> Tensor:
     """`RSOLoss`, whose gamma is the weight of the implicit reward."""
     return load(LOSS).RSOLoss(beta)(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)[0]
 
 
-def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float) -> Tensor:
+def ppo_policy_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float
+) -> Tensor:
     """`PPOLoss` where the critic is right, so that only the policy is left."""
     loss, zero = load(LOSS).PPOLoss(epsilon=epsilon), torch.zeros_like(advantage)
     return loss(old_logp, logp, advantage, zero, zero, zero, mask, mask)[0]
@@ -57,7 +67,9 @@ def estimate_advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: floa
     return load(RLHF).estimate_advantages(values, rewards, gamma, lam, masks=kept)
 
 
-def advantages_before_whitening(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def advantages_before_whitening(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float
+) -> Tensor:
     """The advantages that `estimate_advantages` whitens: its returns less the values."""
     return estimate_advantages(reward, value, mask, gamma, lam)[1] - value
 

@@ -36,7 +36,9 @@ def trainer(training: bool = False, **attributes: Any) -> Any:
     )
 
 
-def _grpo(logp: Tensor, advantage: Tensor, mask: Tensor, old: Tensor | None, ref: Tensor, **how: Any) -> Tensor:
+def _grpo(
+    logp: Tensor, advantage: Tensor, mask: Tensor, old: Tensor | None, ref: Tensor, **how: Any
+) -> Tensor:
     """`GRPOTrainer._compute_loss` on prompts of one token."""
     args = with_attributes(use_bias_correction_kl=how.pop("corrected", False), delta=how.pop("delta", None),
                            steps_per_generation=1)  # fmt: skip
@@ -85,7 +87,9 @@ def cispo_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, 
     return _grpo(logp, advantage, mask, old_logp, old_logp, loss_type="cispo", epsilon_high=clip_high)
 
 
-def grpo_kl_term(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float = 1.0, *, corrected: bool) -> Tensor:
+def grpo_kl_term(
+    logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float = 1.0, *, corrected: bool
+) -> Tensor:
     """The KL term of `GRPOTrainer`: what is left without advantages."""
     no_advantage, how = torch.zeros_like(logp[:, 0]), {"loss_type": "bnpo", "corrected": corrected}
     return _grpo(logp, no_advantage, mask, None, ref_logp, beta=beta, **how)
@@ -177,7 +181,9 @@ def reward_loss(chosen_reward: Tensor, rejected_reward: Tensor, margin: Tensor |
     return load(REWARD).RewardTrainer.compute_loss(theirs, lambda **_: answer, inputs)
 
 
-def odds_ratio_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float, *, page: Page = ORPO) -> Tensor:
+def odds_ratio_loss(
+    chosen_logp: Tensor, rejected_logp: Tensor, weight: float, *, page: Page = ORPO
+) -> Tensor:
     """`odds_ratio_loss` of averaged log-probs; its trainer subtracts it from the likelihood's loss."""
     theirs = load(page).ORPOTrainer.odds_ratio_loss
     return -theirs(trainer(beta=weight), chosen_logp, rejected_logp)[0]

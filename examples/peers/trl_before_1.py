@@ -54,7 +54,9 @@ def _ppo(**config: Any) -> Any:
     return with_attributes(config=with_attributes(**(usual | config)))
 
 
-def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float) -> Tensor:
+def ppo_policy_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float
+) -> Tensor:
     """The first loss of `PPOTrainer.loss`."""
     zero, logits = torch.zeros_like(advantage), torch.zeros(*logp.shape, 2, dtype=logp.dtype)
     theirs = _ppo(cliprange=epsilon)

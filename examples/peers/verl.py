@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peers.frame import Page, Subject, by_group, load, placed_on_last, with_attributes

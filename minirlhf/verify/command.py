@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minirlhf.verify.catalogue import KINDS, bugs_of, kind_named, laws_of
@@ -20,6 +21,7 @@ from minirlhf.verify.target import load, named
 from minirlhf.verify.trainers import certify_trainer
 
 CERTIFIED, DEFECTIVE = 0, 1
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _all_kinds() -> Table:
     for column in ("kind", "what it is, and its canonical signature", "laws", "known bugs"):
         table.add_column(column, justify="right" if column in ("laws", "known bugs") else "left")
     for name, kind in KINDS.items():
-        what = f"{kind.title}\n[dim]{_escaped(kind.signature)}[/]"
+        what = f"{escape(kind.title)}\n[dim]{escape(kind.signature)}[/]"
         table.add_row(name, what, str(len(laws_of(kind))), str(len(bugs_of(name))))
     table.add_section()
     for name, goal in GOALS.items():
@@ -146,29 +148,31 @@ def _all_kinds() -> Table:
 
 
 def _described(kind: Kind) -> Table:
-    table = Table(title=f"{kind.name}: {kind.title}\n{_escaped(kind.signature)}", title_justify="left")
+    table = Table(title=f"{kind.name}: {escape(kind.title)}\n{escape(kind.signature)}", title_justify="left")
     for column in ("", "name", "what it says", "source or other names"):
         table.add_column(column, overflow="fold")
     for argument in kind.arguments:
         optional = ", optional" if argument.optional or argument.neutral else ""
-        meaning = f"{_escaped(argument.type_name)}{optional}: {argument.meaning}"
-        table.add_row("argument", argument.name, meaning, ", ".join(argument.synonyms))
+        meaning = f"{argument.type_name}{optional}: {argument.meaning}"
+        table.add_row("argument", argument.name, escape(meaning), _some(argument.synonyms))
     table.add_section()
     for law in laws_of(kind):
-        table.add_row("law", law.name, law.statement, law.source)
+        table.add_row("law", law.name, escape(law.statement), escape(law.source))
     table.add_section()
     for convention in kind.conventions:
-        table.add_row("convention", convention.name, " | ".join(convention.values.values()), "")
+        table.add_row("convention", convention.name, escape(" | ".join(convention.values.values())), "")
     for name in kind.behaviours:
         table.add_row("feature", name, "reported if absent; --require makes its absence a defect", "")
     table.add_section()
     for bug in bugs_of(kind.name):
-        table.add_row("known bug", bug.name, f"{_escaped(bug.right)} → {_escaped(bug.wrong)}", bug.seen)
+        table.add_row("known bug", bug.name, f"{escape(bug.right)} → {escape(bug.wrong)}", escape(bug.seen))
     return table
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _some(names: Sequence[str]) -> str:
+    """The likeliest names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:

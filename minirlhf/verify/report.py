@@ -142,7 +142,7 @@ class Report:
         yield self._verdict_line()
 
     def _laws_table(self) -> Table:
-        title = f"{self.subject} as {self.kind}: {self.binding.kind.title}"
+        title = escape(f"{self.subject} as {self.kind}: {self.binding.kind.title}")
         table = Table(title=title, title_justify="left", show_lines=False)
         table.add_column("law")
         table.add_column("", justify="center")
@@ -160,9 +160,9 @@ class Report:
     def _conventions_table(self) -> Table:
         table = Table(show_header=False, box=None, padding=(0, 1))
         for name, value in self.conventions.items():
-            table.add_row(Text("convention", style="cyan"), name, value)
+            table.add_row(Text("convention", style="cyan"), Text(name), Text(value))
         for name in self.absent:
-            table.add_row(Text("absent feature", style="yellow"), name, "")
+            table.add_row(Text("absent feature", style="yellow"), Text(name), "")
         return table
 
     def _verdict_line(self) -> Text:

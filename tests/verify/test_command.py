@@ -99,6 +99,10 @@ def test_the_list_names_every_kind_with_its_signature(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert all(name in out for name in KINDS)
     assert "chosen_logp [B]" in out
+    words = "".join(re.sub("[│┃]", " ", out).split())
+    titles = ["".join(kind.title.split()) for kind in KINDS.values()]
+    assert any("[" in title for title in titles), "brackets are markup to the table"
+    assert "Implicitreward,β[logπ" in words
 
 
 @pytest.mark.parametrize("kind", KINDS)
