@@ -1,6 +1,7 @@
 """`minirlhf verify`: the suite on the command line."""
 
 import ast
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -58,13 +59,14 @@ class Verify:
 
     def run(self) -> int:
         """Prints the report; returns the exit code."""
-        console = Console(highlight=False)
+        console = Console(highlight=False, file=sys.stdout)
         if self.table:
             print(markdown_table())
         elif self.list:
             console.print(_described(kind_named(self.kind)) if self.kind else _all_kinds())
         else:
-            return self._certify(console)
+            with contextlib.redirect_stdout(sys.stderr):  # what a subject prints is not part of the report
+                return self._certify(console)
         return CERTIFIED
 
     def _certify(self, console: Console) -> int:
@@ -75,8 +77,13 @@ class Verify:
             )
         if self.kind in GOALS:
             return self._certify_trainer(console)
-        kind_named(self.kind)  # before the subject's file is executed
+        kind = kind_named(self.kind)  # before the subject's file is executed
         adapter: dict[str, Any] = {n: _renamed(text) for n, text in _pairs("rename", self.rename)}
+        known = [argument.name for argument in kind.arguments]
+        if unknown := [name for name in adapter if name not in known]:
+            raise SubjectError(
+                f"--rename: {self.kind} has no argument {unknown[0]!r}; it has {', '.join(known)}"
+            )
         report = certify(
             load(self.subject),
             self.kind,
@@ -88,8 +95,7 @@ class Verify:
             **adapter,
         )
         if self.json:
-            json.dump(report.as_dict(), sys.stdout, indent=2, ensure_ascii=False)
-            print()
+            _print_json(console, report.as_dict())
         else:
             console.print(report)
         return CERTIFIED if report else DEFECTIVE
@@ -112,10 +118,14 @@ class Verify:
             console=None if self.json else Console(stderr=True),
         )
         if self.json:
-            print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+            _print_json(console, report.as_dict())
         else:
             console.print(report)
         return CERTIFIED if report.reached else DEFECTIVE
+
+
+def _print_json(console: Console, report: dict[str, Any]) -> None:
+    console.file.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def markdown_table() -> str:

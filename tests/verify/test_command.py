@@ -38,6 +38,21 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["verdict"] == "defective"
 
 
+def test_what_a_subject_prints_is_not_part_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talkative.py"
+    file.write_text(
+        "print('imported')\n"
+        "def loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta):\n"
+        "    print('called')\n    return chosen_logp\n"
+    )
+    assert verify(f"{file}:loss", "--kind", "dpo", "--json") == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verdict"] == "defective"
+    assert "imported" in captured.err and "called" in captured.err
+
+
 def test_names_and_constants_are_given_as_flags(capsys: pytest.CaptureFixture[str]) -> None:
     order = ["beta", "ref_chosen_logp", "ref_rejected_logp", "chosen_logp", "rejected_logp"]
     assert verify(f"{SUBJECTS}:reordered", "--kind", "dpo", "--order", *order) == 0
@@ -83,6 +98,7 @@ def test_a_file_that_does_not_import_is_one_line_and_exit_code_2(
         ([f"{SUBJECTS}:with_extra", "--kind", "dpo"], "asks for device"),
         ([f"{SUBJECTS}:with_extra", "--kind", "dpo", "--fix", "device"], "--fix: expected NAME=VALUE"),
         ([f"{SUBJECTS}:with_extra", "--kind", "doo"], "no kind 'doo'"),
+        ([f"{SUBJECTS}:with_extra", "--kind", "dpo", "--rename", "order=x"], "dpo has no argument 'order'"),
     ],
 )
 def test_what_could_not_run_is_one_line_and_exit_code_2(
