@@ -7,10 +7,10 @@
     python examples/certify_peers.py --markdown                the summary that the README shows
 
 It needs none of them: what is not installed, or does not import, is a row that says so. The adapters are in
-`examples/peers/`, one page for each library: they rename, and pass what the library itself passes. A verdict is
-about the function in that release, called so, and nothing else of the library. What differs without being wrong
-(how a loss is averaged, which estimator, an ε) is a convention: the table shows those that differ from ours, and
-what a subject lacks is not held against it. The exit code is 1 if one of our own functions is defective.
+`examples/peers/`, one page for each library: they rename, and pass what the library itself passes. A verdict
+is about the function in that release, called so, and nothing else of the library. What differs without being
+wrong (how a loss is averaged, which estimator, an ε) is a convention: the table shows those that differ from
+ours. What a subject lacks is not held against it. Exit code 1: one of our own functions is defective.
 """
 
 import importlib.metadata
@@ -39,7 +39,7 @@ from peers import (
     trl_before_1,
     verl,
 )
-from peers.frame import Subject, Unavailable, found
+from peers.frame import NOT_INSTALLED, OTHER_RELEASE, Subject, Unavailable, found
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -131,7 +131,7 @@ def differing(report: Report) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Table:
     """One line for each subject, under its library; one for all that cannot be had for one reason."""
-    result = Table(title="other libraries' functions, certified", title_justify="left")
+    result = Table(title="what other libraries compute", title_justify="left")
     for column in ("function", "kind", "verdict", "laws", "broken", "conventions that are not ours", "lacks"):
         result.add_column(column, overflow="fold")
     library = ""
@@ -170,31 +170,41 @@ def markdown(rows: Sequence[Row]) -> str:
     """Two tables: what was certified of each library, and every defect."""
     lines = [f"Printed on {date.today():%d %B %Y}, torch {torch.__version__}, by "
              "`python examples/certify_peers.py --markdown`:", "",
-             "| library | functions | certified | defective | laws that hold |", "|---|--:|--:|--:|--:|"]  # fmt: skip
+             "| library | functions | certified | defective | laws that hold |",
+             "|---|--:|--:|--:|--:|"]  # fmt: skip
     for library in dict.fromkeys(row.subject.library for row in rows):
-        reports = [row.report for row in rows if row.report and row.subject.library == library]
-        version = version_of(library)
+        theirs = [row.report for row in rows if row.subject.library == library]
+        reports = [report for report in theirs if report is not None]
         if reports:
             good, held = sum(map(bool, reports)), sum(len(report.held) for report in reports)
-            lines.append(
-                f"| {library} {version} | {len(reports)} | {good} | {len(reports) - good} | {held} |"
-            )
-        elif not version:
-            lines.append(f"| {library} | not installed | | | |")
+            counts = f"{len(reports)} | {good} | {len(reports) - good} | {held}"
+            lines.append(f"| {f'{library} {version_of(library)}'.strip()} | {counts} |")
+        elif (library, NOT_INSTALLED) in missing(rows):
+            lines.append(f"| {library} | {NOT_INSTALLED} | | | |")
     lines += ["", "| defective | as | broken | the first of them |", "|---|---|---|---|"]
-    for row in rows:
-        if row.report is not None and not row.report:
-            near = f"; nearest known bug: {row.report.nearest.bug.name}" if row.report.nearest else ""
-            cells = ("; ".join(broken(row.report)) + near, _first(row.report.broken[0]))
-            name = f"{row.subject.library} {row.version} `{row.subject.function}`"
-            lines.append(" | ".join(["", name, f"`{row.subject.kind}`", *cells, ""]).strip())
-    other = [f"{name}: {', '.join(dict.fromkeys(map(_owner, functions)))} ({why})" for (name, why), functions in missing(rows).items()
-             if version_of(name) and why != "not in this release"]  # fmt: skip
+    lines += [_defect(row, row.report) for row in rows if row.report is not None and not row.report]
+    other = [f"{name}: {', '.join(dict.fromkeys(map(_owner, functions)))} ({why})"
+             for (name, why), functions in missing(rows).items()
+             if why not in (NOT_INSTALLED, OTHER_RELEASE)]  # fmt: skip
     return "\n".join([*lines, *(["", "Not certified: " + "; ".join(other) + "."] if other else [])])
 
 
+def _defect(row: Row, report: Report) -> str:
+    """One line of the table of defects."""
+    near = f"; nearest known bug: {report.nearest.bug.name}" if report.nearest else ""
+    name = f"{row.subject.library} {row.version} `{row.subject.function}`"
+    cells = [name, f"`{row.subject.kind}`", "; ".join(broken(report)) + near, _first(report.broken[0])]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
 def _first(finding: Finding) -> str:
-    return f"{finding.law.name}: {finding.law.statement}".replace("|", "\\|")
+    """What a broken law says; of an exception, the numbers that were given."""
+    if finding.claim is None or not isinstance(finding.claim.got, BaseException):
+        return f"{finding.law.name}: {finding.law.statement}"
+    numbers = [
+        f"{name} = {value:g}" for name, value in finding.claim.case.items() if isinstance(value, float)
+    ]
+    return f"it raises on an input that it has to take{', with ' if numbers else ''}{', '.join(numbers)}"
 
 
 def _owner(function: str) -> str:
@@ -223,7 +233,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.show:
         for row in rows:
             console.rule(f"{_escaped(row.name)} {row.version}", align="left")
-            console.print(row.report or row.why)
+            console.print(row.why if row.report is None else row.report)
     elif options.markdown:
         print(markdown(rows))
     else:

@@ -113,7 +113,9 @@ def computed_advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: floa
     attended = torch.arange(loss_mask.shape[1] + 1) <= end.amax(1, keepdim=True)
     widened = {name: torch.cat([x, front], dim=1) for name, x in (("r", reward), ("v", value), ("m", kept))}
     actor = with_attributes(
-        config=with_attributes(overlong_reward_penalty=False, use_decoupled_loss=False, recompute_logprob=True),
+        config=with_attributes(
+            overlong_reward_penalty=False, use_decoupled_loss=False, recompute_logprob=True
+        ),
         reward_bias=0.0, reward_scaling=1.0, reward_clip=1e9, reward_norm=None, adv_norm=None,
         mask_no_eos_with_zero=False, kl_ctl=-1.0, kl_estimator=lambda logp, ref: logp, discount=gamma,
         gae_lambda=lam,

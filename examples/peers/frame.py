@@ -66,7 +66,7 @@ def found(subject: Subject) -> Callable[..., Any]:
     return subject.call or theirs
 
 
-OTHER_RELEASE = "not in this release"
+NOT_INSTALLED, OTHER_RELEASE = "not installed", "not in this release"
 _LOADED: dict[str, types.ModuleType | Unavailable] = {}
 
 
@@ -87,7 +87,7 @@ def load(page: Page) -> Any:
 def _imported(page: Page) -> types.ModuleType | Unavailable:
     top = page.name.partition(".")[0]
     if sys.modules.get(top) is None and importlib.util.find_spec(top) is None:
-        return Unavailable("not installed")
+        return Unavailable(NOT_INSTALLED)
     complaint: BaseException | None = None
     for unused, skipped in dict.fromkeys([((), ()), (page.unused, ()), (page.unused, page.skipped)]):
         try:
@@ -181,7 +181,7 @@ def placed_on_last(score: Tensor, mask: Tensor) -> Tensor:
 
 
 def right_aligned(mask: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(to, back): moves columns so that the last token that counts is in the last column of its row, and back.
+    """(to, back): moves columns so that the last token that counts is in the last column, and back.
 
     For estimators of libraries that pad on the left only.
     """

@@ -1,7 +1,7 @@
 """Liger Kernel: its fused linear layers for preferences, and the GRPO loss inside of its fused layer.
 
-A layer takes hidden states, and computes log-probs by itself. Here each response is one token of a vocabulary of
-two, and then one that is ignored; the hidden states are the logits of the policy and those of the reference.
+A layer takes hidden states, and computes log-probs by itself. Here each response is one token of a vocabulary
+of two, and then one that is ignored; the hidden states are the logits of the policy and of the reference.
 """
 
 import inspect
@@ -183,5 +183,6 @@ SUBJECTS = (
     _subject("LigerFusedLinearGRPOFunction sequence", "gspo", GRPO, gspo_loss),
     _subject("LigerFusedLinearGRPOFunction cispo", "cispo", GRPO, cispo_loss),
     _subject("LigerFusedLinearGRPOFunction, KL", "kl_loss", GRPO, kl_term, fixed={"corrected": False}),
-    _subject("LigerFusedLinearGRPOFunction, KL corrected", "kl_loss", GRPO, kl_term, fixed={"corrected": True}),
+    _subject("LigerFusedLinearGRPOFunction, KL corrected", "kl_loss", GRPO, kl_term,
+             fixed={"corrected": True}),
 )  # fmt: skip

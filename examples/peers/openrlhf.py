@@ -231,7 +231,9 @@ SUBJECTS = (
     _subject("RemoteExperienceMaker.get_advantages_and_returns", "gae", MAKER, advantages_and_returns),
     _subject("RemoteExperienceMaker.get_cumulative_returns", "discounted_return", MAKER, cumulative_returns),
     _subject("RemoteExperienceMaker.compute_advantages_and_returns rloo", "rloo", MAKER, rloo_advantage),
-    _subject("RemoteExperienceMaker.compute_advantages_and_returns dr_grpo", "group_centred", MAKER, dr_grpo_advantage),
-    _subject("RemoteExperienceMaker.compute_advantages_and_returns group_norm", "group_normalised", MAKER, group_norm_advantage),
+    _subject("RemoteExperienceMaker.compute_advantages_and_returns dr_grpo", "group_centred", MAKER,
+             dr_grpo_advantage),
+    _subject("RemoteExperienceMaker.compute_advantages_and_returns group_norm", "group_normalised", MAKER,
+             group_norm_advantage),
     _subject("AdaptiveKLController.update", "adaptive_kl", CONTROLLER, adaptive_kl_controller),
 )  # fmt: skip

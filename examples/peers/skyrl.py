@@ -165,15 +165,15 @@ def _subject(function: str, kind: str, page: Page, call: Any = None, **adapter: 
 
 
 SUBJECTS = (
-    *(_subject(f"ppo_policy_loss {name}", "clipped_surrogate", PPO, ppo_policy_loss, fixed={"reduction": name})
-      for name in ("token_mean", "sequence_mean")),
+    *(_subject(f"ppo_policy_loss {name}", "clipped_surrogate", PPO, ppo_policy_loss,
+               fixed={"reduction": name}) for name in ("token_mean", "sequence_mean")),
     _subject("gspo_policy_loss", "gspo", PPO, gspo_policy_loss),
     _subject("compute_policy_loss_cispo", "cispo", PPO, cispo_policy_loss),
     _subject("ppo_critic_loss", "clipped_value_loss", PPO, critic_loss),
     _subject("apply_loss_reduction_to_advantages_minibatch token_mean", "token_mean", PPO, reduced_losses,
              x="losses", fixed={"reduction": "token_mean"}),
-    _subject("apply_loss_reduction_to_advantages_minibatch sequence_mean", "sequence_mean", PPO, reduced_losses,
-             x="losses", fixed={"reduction": "sequence_mean"}),
+    _subject("apply_loss_reduction_to_advantages_minibatch sequence_mean", "sequence_mean", PPO,
+             reduced_losses, x="losses", fixed={"reduction": "sequence_mean"}),
     *(_subject(f"compute_approx_kl {name}", "kl_estimator", PPO, logp="log_probs", ref_logp="log_probs_base",
                fixed={"kl_estimator_type": name}) for name in ("k1", "k2", "k3", "abs")),
     *(_subject(f"compute_approx_kl {name}, as a loss", "kl_loss", PPO, logp="log_probs",
@@ -181,7 +181,8 @@ SUBJECTS = (
     _subject("masked_whiten", "whiten", PPO),
     _subject("compute_gae_advantage_return", "gae", PPO, gae_advantage_return),
     _subject("compute_grpo_outcome_advantage", "group_normalised", PPO, grpo_outcome_advantage),
-    _subject("compute_grpo_outcome_advantage, no std", "group_centred", PPO, grpo_outcome_advantage_without_std),
+    _subject("compute_grpo_outcome_advantage, no std", "group_centred", PPO,
+             grpo_outcome_advantage_without_std),
     _subject("compute_rloo_outcome_advantage", "rloo", PPO, rloo_outcome_advantage),
     _subject("compute_reinforce_plus_plus_outcome_advantage, returns", "discounted_return", PPO,
              reinforce_plus_plus_returns),

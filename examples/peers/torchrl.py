@@ -91,8 +91,8 @@ def vec_td_lambda_return_estimate(
 
 
 def reward2go(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Discounted rewards to go."""
-    episodes = _episodes(reward, torch.zeros_like(reward), mask, None)
+    """Discounted rewards to go, in single precision: its series leaves out what is below 1e-7."""
+    episodes = _episodes(reward.float(), torch.zeros_like(reward), mask, None)
     return load(VALUE).reward2go(episodes["reward"], episodes["done"], gamma).squeeze(-1)
 
 
@@ -148,10 +148,12 @@ SUBJECTS = (
     _subject("vec_td_lambda_return_estimate at γ = .99, λ = .95", "gae", VALUE, vec_td_lambda_return_estimate,
              **_DISCOUNTED),
     _subject("reward2go", "discounted_return", VALUE, reward2go),
-    _subject("reward2go at γ = .99", "discounted_return", VALUE, reward2go, gamma=0.99, fixed={"gamma": 0.99}),
+    _subject("reward2go at γ = .99", "discounted_return", VALUE, reward2go, gamma=0.99,
+             fixed={"gamma": 0.99}),
     _subject("GRPOLoss, objective", "clipped_surrogate", GRPO, grpo_loss),
     _subject("CISPOLoss, objective", "cispo", GRPO, cispo_loss),
     _subject("GRPOLoss, KL to the reference", "kl_loss", GRPO, kl_to_ref),
     _subject("GRPOLoss, prompt_mean", "sequence_mean", GRPO, aggregate_loss_value),
-    _subject("k3_kl_token_estimate", "kl_estimator", DISTILLATION, logp="log_prob", ref_logp="target_log_prob"),
+    _subject("k3_kl_token_estimate", "kl_estimator", DISTILLATION, logp="log_prob",
+             ref_logp="target_log_prob"),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """TRL from 1.0 on: what each trainer computes from log-probs, and the helpers beside them.
 
-The losses are methods of trainers that read little else: they are called on an object that has only that, with a
-model that answers with the log-probs of the case.
+The losses are methods of trainers that read little else: they are called on an object that has only that,
+with a model that answers with the log-probs of the case.
 """
 
 from collections import defaultdict
@@ -104,8 +104,15 @@ def rloo_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float
     )  # fmt: skip
     ids, old = torch.zeros(len(new), 1, dtype=torch.long), old_logp.flatten()
     inputs = {"prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids,
-              "completion_mask": torch.ones_like(new), "advantages": advantage.flatten(), "old_logps": old}  # fmt: skip
+              "completion_mask": torch.ones_like(new), "advantages": advantage.flatten(),
+              "old_logps": old}  # fmt: skip
     return load(RLOO).RLOOTrainer._compute_loss(theirs, None, inputs)
+
+
+class _Answer(dict[str, Any]):
+    """A model's outputs, by name or as attributes."""
+
+    __getattr__ = dict.__getitem__
 
 
 def _answer(log_probs: Tensor) -> Any:
@@ -173,12 +180,19 @@ def unpaired_loss(
 
 
 def reward_loss(chosen_reward: Tensor, rejected_reward: Tensor, margin: Tensor | None = None) -> Tensor:
-    """`RewardTrainer.compute_loss`."""
-    logits = torch.cat([chosen_reward, rejected_reward]).unsqueeze(1)
-    theirs = trainer(args=with_attributes(center_rewards_coefficient=None), _total_train_tokens=0)
-    inputs = {} if margin is None else {"margin": margin}
-    answer = with_attributes(logits=logits)
-    return load(REWARD).RewardTrainer.compute_loss(theirs, lambda **_: answer, inputs)
+    """`RewardTrainer.compute_loss`: one batch of both since 0.20, two calls of the model before."""
+    ids = {"input_ids_chosen": torch.zeros(1), "input_ids_rejected": torch.zeros(1)}
+    rest = {"attention_mask_chosen": None, "attention_mask_rejected": None}
+
+    def model(input_ids: Tensor | None = None, **_: Any) -> Any:
+        both = torch.cat([chosen_reward, rejected_reward])
+        one = chosen_reward if input_ids is ids["input_ids_chosen"] else rejected_reward
+        return _Answer(logits=(both if input_ids is None else one).unsqueeze(1))
+
+    theirs = trainer(args=with_attributes(center_rewards_coefficient=None), use_reward_data_collator=True,
+                     _total_train_tokens=0)  # fmt: skip
+    inputs = ids | rest if margin is None else {**ids, **rest, "margin": margin}
+    return load(REWARD).RewardTrainer.compute_loss(theirs, model, inputs)
 
 
 def odds_ratio_loss(
@@ -207,11 +221,13 @@ SUBJECTS = (
     _subject("GRPOTrainer._compute_loss sequence", "gspo", GRPO, gspo_loss),
     _subject("GRPOTrainer._compute_loss cispo", "cispo", GRPO, cispo_loss),
     _subject("GRPOTrainer._compute_loss, KL", "kl_loss", GRPO, grpo_kl_term, fixed={"corrected": False}),
-    _subject("GRPOTrainer._compute_loss, KL corrected", "kl_loss", GRPO, grpo_kl_term, fixed={"corrected": True}),
+    _subject("GRPOTrainer._compute_loss, KL corrected", "kl_loss", GRPO, grpo_kl_term,
+             fixed={"corrected": True}),
     _subject("RLOOTrainer._compute_loss", "clipped_surrogate", RLOO, rloo_loss),
     *(_subject(f"DPOTrainer._compute_loss {name}", kind, DPO, preference_loss, fixed={"loss_type": name})
       for name, kind in (("sigmoid", "dpo"), ("hinge", "hinge"), ("robust", "robust_dpo"))),
-    _subject("DPOTrainer._compute_loss ipo", "ipo", DPO, preference_loss, fixed={"loss_type": "ipo"}, tau="beta"),
+    _subject("DPOTrainer._compute_loss ipo", "ipo", DPO, preference_loss, tau="beta",
+             fixed={"loss_type": "ipo"}),
     _subject("KTOTrainer._compute_loss", "kto", KTO, unpaired_loss),
     _subject("RewardTrainer.compute_loss", "bradley_terry", REWARD, reward_loss),
     _subject("ORPOTrainer.odds_ratio_loss", "orpo", ORPO, odds_ratio_loss),

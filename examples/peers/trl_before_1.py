@@ -134,8 +134,8 @@ SUBJECTS = (
              clip_high="epsilon"),
     _subject("PPOTrainer.loss, value", "clipped_value_loss", PPO, ppo_value_loss),
     _subject("PPOTrainer.compute_advantages", "gae", PPO, ppo_advantages),
-    *(_subject(f"PPOTrainer._kl_penalty {name}", "kl_estimator", PPO, ppo_kl_penalty, fixed={"kl_penalty": name})
-      for name in ("kl", "abs", "mse")),
+    *(_subject(f"PPOTrainer._kl_penalty {name}", "kl_estimator", PPO, ppo_kl_penalty,
+               fixed={"kl_penalty": name}) for name in ("kl", "abs", "mse")),
     _subject("PPOTrainer._kl_penalty full", "exact_kl", PPO, ppo_full_kl_penalty),
     _subject("PPOTrainer.compute_rewards", "kl_shaped_reward_from_logps", PPO, ppo_rewards),
     _subject("AdaptiveKLController.update", "adaptive_kl", HELPERS, adaptive_kl_controller),

@@ -41,7 +41,7 @@ def compute_policy_loss_vanilla(
 def compute_policy_loss_gspo(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Its sequence loss, with the aggregation that it recommends; an advantage per token, as the actor has."""
+    """Its loss by sequence, aggregated as it recommends; an advantage per token, as the actor has."""
     config = _actor(clip_low, clip_high)
     per_token = advantage.unsqueeze(1).expand_as(logp)
     return load(ALGOS).compute_policy_loss_gspo(old_logp, logp, per_token, mask, config=config)[0]
@@ -146,9 +146,9 @@ def sequence_importance_weights(logp: Tensor, behaviour_logp: Tensor, mask: Tens
 
 
 def icepop_weights(logp: Tensor, behaviour_logp: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
-    """IcePop: a weight outside of its band is 0."""
-    theirs = load(CORRECTION).compute_rollout_correction_weights
-    return theirs(logp - behaviour_logp, mask, rollout_is="token", rollout_is_threshold=f"{low}_{high}")[0]
+    """IcePop: a weight outside of its band is 0. It refuses a lower limit of 0."""
+    theirs, band = load(CORRECTION).compute_rollout_correction_weights, f"{max(low, 1e-30)}_{high}"
+    return theirs(logp - behaviour_logp, mask, rollout_is="token", rollout_is_threshold=band)[0]
 
 
 def entropy_with_chunking(logits: Tensor) -> Tensor:
@@ -171,7 +171,8 @@ _ESTIMATES = ("k1", "k2", "k3", "abs")
 
 SUBJECTS = (
     *(
-        _subject(f"agg_loss {mode}", kind, ALGOS, x="loss_mat", mask="loss_mask", fixed={"loss_agg_mode": mode})
+        _subject(f"agg_loss {mode}", kind, ALGOS, x="loss_mat", mask="loss_mask",
+                 fixed={"loss_agg_mode": mode})
         for mode, kind in _AGGREGATES.items()
     ),
     *(
@@ -188,12 +189,14 @@ SUBJECTS = (
     _subject("compute_policy_loss_reinforce", "policy_gradient", ALGOS, compute_policy_loss_reinforce),
     _subject("compute_value_loss", "clipped_value_loss", ALGOS, value="vpreds", old_value="values",
              ret="returns", clip="cliprange_value", fixed={"loss_agg_mode": "token-mean"}),
-    *(_subject(f"kl_penalty {name}", "kl_estimator", ALGOS, fixed={"kl_penalty": name}) for name in _ESTIMATES),
+    *(_subject(f"kl_penalty {name}", "kl_estimator", ALGOS, fixed={"kl_penalty": name})
+      for name in _ESTIMATES),
     *(_subject(f"kl_penalty {name}, as a loss", "kl_loss", ALGOS, fixed={"kl_penalty": name})
       for name in ("k2", "k3", "k1+", "k3+")),
     _subject("compute_gae_advantage_return", "gae", ALGOS, reward="token_level_rewards"),
     _subject("compute_grpo_outcome_advantage", "group_normalised", ALGOS, grpo_outcome_advantage),
-    _subject("compute_grpo_outcome_advantage, no std", "group_centred", ALGOS, grpo_outcome_advantage_without_std),
+    _subject("compute_grpo_outcome_advantage, no std", "group_centred", ALGOS,
+             grpo_outcome_advantage_without_std),
     _subject("compute_grpo_vectorized_outcome_advantage", "group_normalised", ALGOS,
              grpo_vectorized_outcome_advantage),
     _subject("compute_rloo_outcome_advantage", "rloo", ALGOS, rloo_outcome_advantage),
@@ -208,7 +211,8 @@ SUBJECTS = (
              importance_weights),
     _subject("compute_rollout_correction_weights sequence", "truncated_importance_weight", CORRECTION,
              sequence_importance_weights),
-    _subject("compute_rollout_correction_weights IcePop", "masked_importance_weight", CORRECTION, icepop_weights),
+    _subject("compute_rollout_correction_weights IcePop", "masked_importance_weight", CORRECTION,
+             icepop_weights),
     _subject("masked_mean", "token_mean", TENSORS),
     _subject("masked_mean axis=-1", "sequence_mean", TENSORS, fixed={"axis": -1}),
     _subject("masked_sum axis=-1", "sequence_sum", TENSORS, fixed={"axis": -1}),

@@ -53,6 +53,8 @@ BUGS = (
            "centred = torch.where(mask, mean - x, 0.0)",
            "oracles W4"),
     _white("not centred", "white = centred * torch", "white = x * torch", "oracles 3.5"),
+    _white("mean given back", "return white", "return torch.where(mask, white + mean, 0.0)",
+           "torchtune: if shift_mean, where TRL has if not"),
     _white("not scaled", "white = centred * torch.rsqrt(variance + epsilon)", "white = centred"),
     _white("divided by the variance", "torch.rsqrt(variance + epsilon)",
            "torch.reciprocal(variance + epsilon)"),

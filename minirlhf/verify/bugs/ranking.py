@@ -58,6 +58,8 @@ BUGS = (
     _pair("margin multiplies", "-F.logsigmoid(gap - asked)", "-F.logsigmoid(gap * (1 + asked))"),
     _pair("margin ignored", "-F.logsigmoid(gap - asked)", "-F.logsigmoid(gap)", "P20: a dead option"),
     _pair("margin averaged over the batch", "else margin", "else margin.mean()"),
+    _pair("margin of every other pair too", "kept = -F.logsigmoid(gap - asked)",
+          "kept = -F.logsigmoid(gap[:, None] - asked).mean(1)", "ms-swift #9927, TRL 0.11: [B, 1] - [B]"),
     _pair("margin outside the sigmoid", "-F.logsigmoid(gap - asked)", "-F.logsigmoid(gap) + asked"),
     _pair("smoothing weights swapped", _MIXED,
           "label_smoothing * kept + (1 - label_smoothing) * flipped if label_smoothing else kept",
