@@ -135,6 +135,9 @@ def test_the_table_the_file_and_the_summary_say_the_same(
     assert entries["masked_mean"]["verdict"] == "certified" == entries["whiten shift_mean=False"]["verdict"]
     assert entries["estimate_advantages"]["verdict"] == "not in this release"
     assert table.count("DEFECTIVE") == 1 and table.count(" certified ") == 3
+    assert "epsilon: 1e-08, built in" in table, "a convention that is not ours"
+    assert "unbiased" not in table, "one that is"
+    assert "NaN-safe mask" in table and "3 more" not in table
     assert "| torchtune | 4 | 3 | 1 |" in summary and "`whiten` | `whiten` | formula" in summary
 
 
@@ -147,14 +150,46 @@ def test_a_page_is_loaded_without_its_package_and_what_it_does_not_use(
         "openrlhf/models/utils.py": "import deepspeed\n" + _INVERTED,
     }
     write_library(tmp_path, files, monkeypatch)
-    known = set(sys.modules)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     example.main(["--show", "openrlhf masked_mean"])
     out = capsys.readouterr().out
     assert out.count("CERTIFIED") == 2 and "DEFECTIVE" not in out
-    assert "deepspeed" in known or "deepspeed" not in sys.modules, (
-        "it only stood in while the page was loaded"
-    )
-    assert "openrlhf.models" not in sys.modules
+    assert "deepspeed" not in sys.modules, "it only stood in while the page was loaded"
+
+
+def test_what_stands_in_has_every_name_and_gives_way_again(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = importlib.import_module("peers.frame")
+    real = ModuleType("deepspeed")
+    monkeypatch.setitem(sys.modules, "deepspeed", real)
+    with frame._standing_in(("deepspeed",)):
+        stand_in = importlib.import_module("deepspeed")
+        assert stand_in is not real and stand_in.ZeRO is object
+        assert not hasattr(stand_in, "__version__")
+    assert sys.modules["deepspeed"] is real
+
+
+def test_what_another_release_has_is_said_to_be_in_another_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"trl/__init__.py": "", "trl/trainer/__init__.py": "", "trl/trainer/utils.py": ""}
+    write_library(tmp_path, files, monkeypatch)
+    example.main(["--only", "trl"])
+    out = capsys.readouterr().out
+    assert "not in this release" in out
+    assert "not installed" not in out and "does not import" not in out
+
+
+def test_a_function_that_cannot_be_tried_is_a_row_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hopeless = "def masked_mean(x, mask, dim=None):\n    raise KeyError('no such shard')\n"
+    write_library(tmp_path, {"torchtune/__init__.py": "", "torchtune/rlhf.py": hopeless}, monkeypatch)
+    assert example.main(["--only", "torchtune", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "Not certified: torchtune: masked_mean (" in out and "no such shard" in out
+    assert "estimate_advantages" not in out, "it is of another release, which is nothing to complain about"
 
 
 def test_laws_that_only_met_an_exception_are_counted_under_it(
