@@ -126,7 +126,7 @@ def test_nothing_is_left_for_later() -> None:
         for page in [
             *PAGES,
             *sorted((ROOT / "tests").rglob("*.py")),
-            *sorted((ROOT / "examples").glob("*.py")),
+            *sorted((ROOT / "examples").rglob("*.py")),
         ]
         for word in words
         if word in page.read_text()
