@@ -192,11 +192,14 @@ def test_the_report_as_json_has_everything() -> None:
 
 def test_random_state_default_dtype_and_thread_count_are_left_alone() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # not the one that certify itself works with
     certify(lambda chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta: F.softplus(
         -beta * (chosen_logp - rejected_logp - ref_chosen_logp + ref_rejected_logp)), "dpo")  # fmt: skip
     assert torch.equal(state, torch.get_rng_state())
     assert torch.get_default_dtype() == torch.float32
-    assert torch.get_num_threads() == threads
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert left == threads + 1
 
 
 class Module(torch.nn.Module):

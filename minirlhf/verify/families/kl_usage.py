@@ -40,6 +40,8 @@ from minirlhf.verify.families.one_step import (
     rounded,
     score_gradient,
     score_matrix,
+    slope_linear_in_beta,
+    slope_token_order,
     weighed,
     wide_log_ratios,
 )
@@ -189,36 +191,6 @@ def _common_shift() -> Law:
     )
 
 
-def _token_order() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        changed = {**case, **{name: case[name].flip(1) for name in ("logp", "ref_logp", "mask")}}
-        want = f.grad(case, "logp").flip(1)
-        yield Claim(
-            changed, f.grad(changed, "logp"), "==", want, "the tokens of every row reversed", wrt="logp"
-        )
-
-    return Law(
-        "token_order",
-        "symmetry",
-        "a token's gradient depends on that token alone",
-        "each token by itself",
-        check,
-    )
-
-
-def _beta_scales() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        if "beta" in case:
-            changed = {**case, "beta": 3 * case["beta"]}
-            yield Claim(
-                changed, f.grad(changed, "logp"), "==", 3 * f.grad(case, "logp"), "β thrice", wrt="logp"
-            )
-
-    return Law(
-        "linear_in_beta", "symmetry", "β times the gradient of β = 1", "it is a coefficient", check, ("beta",)
-    )
-
-
 def _states_held() -> Law:
     """Token losses add up to E Σ over states of the KL of the next token, the states being given."""
 
@@ -309,8 +281,8 @@ KL_LOSS = Kind(
         _golden_slope(),
         _states_held(),
         _common_shift(),
-        _token_order(),
-        _beta_scales(),
+        slope_token_order(),
+        slope_linear_in_beta(),
         _no_dead_gradient(),
         _clamp_is_safe(),
         *mask_laws(TOKENS, differentiable=("logp",)),

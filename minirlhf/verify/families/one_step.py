@@ -9,12 +9,12 @@ and that is compared with the gradient of what the rule is meant to change.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from minirlhf.verify.kinds import Argument, Ask, Case, Claim, Mask, Numbers, Probed, Reals
+from minirlhf.verify.kinds import Argument, Ask, Case, Claim, Law, Mask, Numbers, Probed, Reals
 from minirlhf.verify.laws import rows_of, table
 
 LOGP_NAMES = tuple(
@@ -211,6 +211,32 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-6) -> Tensor:
 def rounded(x: Tensor) -> list[float]:
     """For a sentence."""
     return [round(value, 6) for value in x.reshape(-1).tolist()]
+
+
+def slope_token_order() -> Law:
+    """Of a loss whose gradient counts, and not its value."""
+
+    def check(f: Probed, case: Case) -> Iterator[Claim]:
+        per_token = [name for name in ("logp", "ref_logp", "mask") if name in case]
+        changed = case | {name: case[name].flip(1) for name in per_token}
+        got, want = f.grad(changed, "logp"), f.grad(case, "logp").flip(1)
+        yield Claim(changed, got, "==", want, "the tokens of every row reversed", wrt="logp")
+
+    statement = "a token's gradient depends on that token alone"
+    return Law("token_order", "symmetry", statement, "each token by itself", check)
+
+
+def slope_linear_in_beta() -> Law:
+    """Likewise."""
+
+    def check(f: Probed, case: Case) -> Iterator[Claim]:
+        if "beta" in case:
+            changed = {**case, "beta": 3 * case["beta"]}
+            got, want = f.grad(changed, "logp"), 3 * f.grad(case, "logp")
+            yield Claim(changed, got, "==", want, "three times β", wrt="logp")
+
+    statement = "three times β, three times the gradient"
+    return Law("linear_in_beta", "symmetry", statement, "it is a coefficient", check, ("beta",))
 
 
 def _singles(case: Case) -> list[Case]:

@@ -26,6 +26,8 @@ from minirlhf.verify.families.one_step import (
     rounded,
     score_gradient,
     score_matrix,
+    slope_linear_in_beta,
+    slope_token_order,
     weighed,
 )
 from minirlhf.verify.kinds import Ask, Case, Claim, Convention, Kind, Law, Options, Probed
@@ -148,41 +150,6 @@ def _golden_slope() -> Law:
     )
 
 
-def _token_order() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        changed = {**case, "logp": case["logp"].flip(1), "mask": case["mask"].flip(1)}
-        want = f.grad(case, "logp").flip(1)
-        yield Claim(
-            changed, f.grad(changed, "logp"), "==", want, "the tokens of every row reversed", wrt="logp"
-        )
-
-    return Law(
-        "token_order",
-        "symmetry",
-        "a token's gradient depends on that token alone",
-        "each token by itself",
-        check,
-    )
-
-
-def _slope_linear_in_beta() -> Law:
-    def check(f: Probed, case: Case) -> Iterator[Claim]:
-        if "beta" in case:
-            changed = {**case, "beta": 3 * case["beta"]}
-            yield Claim(
-                changed, f.grad(changed, "logp"), "==", 3 * f.grad(case, "logp"), "three times β", wrt="logp"
-            )
-
-    return Law(
-        "linear_in_beta",
-        "symmetry",
-        "three times β, three times the gradient",
-        "it is a coefficient",
-        check,
-        ("beta",),
-    )
-
-
 def _squares_beta(ask: Ask) -> float | None:
     """β of a built-in β c (log π)², c = ½ or 1: the forms whose values show it."""
     ones = [ask(one_token(z)) / (z * z) for z in (-0.5, -1.0, -3.0)]
@@ -214,8 +181,8 @@ SAMPLED_ENTROPY_LOSS = Kind(
         _raises("raises_entropy", "a step of descent raises the entropy", "bugs P12, F10", reward=False),
         _flat_at_uniform(reward=False),
         _golden_slope(),
-        _token_order(),
-        _slope_linear_in_beta(),
+        slope_token_order(),
+        slope_linear_in_beta(),
         *mask_laws(ARGUMENTS, differentiable=("logp",)),
         empty_row_law(ARGUMENTS),
         *batch_laws(ARGUMENTS),
