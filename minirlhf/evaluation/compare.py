@@ -269,7 +269,7 @@ def _sample(
         [prompts[i] for i in index.tolist()],
         law=partial(tempered, temperature=temperature),
         max_new_tokens=max_response,
-        stop_ids=[model.config.eos_token_id],
+        stop_ids=model.stop_ids,
         seed=seed,
         prompt_index=index,
         sample_index=first_sample + torch.arange(samples).repeat(len(prompts)),

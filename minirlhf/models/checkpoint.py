@@ -1,22 +1,22 @@
 """Models as Hugging Face directories, both ways: config.json, model.safetensors, tokenizer.json.
 
-A language model is written as its `…LMHeadModel` (tied head, so no lm_head.weight), a reward model as its
-`…ForSequenceClassification` with one label, whose only logit is the *raw* score. The normalisation of that
-score stands in config.json under our own key, which other readers pass over. Always fp32, never pickle.
+A language model is written as its `…LMHeadModel` or `…ForCausalLM` (a tied head is not repeated), a reward
+model as its `…ForSequenceClassification` with one label, whose only logit is the *raw* score. The
+normalisation of that score stands in config.json under our own key, which other readers pass over. Always
+fp32, never pickle.
 """
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 import torch
 
-from minirlhf.models import gpt2
-from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.models.families import FAMILIES, Family, family_of, with_stop_ids
+from minirlhf.models.interface import LanguageModel, Params, without_head
 from minirlhf.models.tensor_files import (
     WEIGHTS,
     Stored,
@@ -33,7 +33,10 @@ from minirlhf.models.tensor_files import (
 from minirlhf.runs import InputError, atomic_directory
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What may stand beside a tokenizer and belongs to it: its special tokens' names, its chat template."""
 _OURS = "minirlhf"  # our key in config.json
 _HEAD = "score.weight"
 
@@ -43,40 +46,6 @@ class Normalisation(NamedTuple):
 
     shift: float = 0.0
     scale: float = 1.0
-
-
-class _Family(NamedTuple):
-    """How a family's directories look. A new family adds one entry to `_FAMILIES`.
-
-    prefix: what transformers puts before the backbone's names; files without it are read too.
-    tied: the optional tensor that must repeat another one.
-    ignored: buffers of old files that hold no parameters.
-    """
-
-    config: type
-    from_huggingface: Callable[[Mapping[str, Any]], Any]
-    to_huggingface: Callable[[Any], dict[str, Any]]
-    bind: Callable[[Any], LanguageModel]
-    language_classes: tuple[str, ...]
-    scalar_class: str
-    prefix: str
-    tied: tuple[str, str]
-    ignored: re.Pattern[str]
-
-
-_FAMILIES = {
-    "gpt2": _Family(
-        config=gpt2.GPT2Config,
-        from_huggingface=gpt2.from_huggingface,
-        to_huggingface=gpt2.to_huggingface,
-        bind=gpt2.bind,
-        language_classes=("GPT2LMHeadModel", "GPT2Model"),
-        scalar_class="GPT2ForSequenceClassification",
-        prefix="transformer.",
-        tied=("lm_head.weight", "wte.weight"),
-        ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),
-    ),
-}
 
 
 def load_language_model(directory: Path) -> tuple[LanguageModel, Params]:
@@ -118,7 +87,7 @@ def save_language_model(
     Raises:
         InputError: the parameters are not this model's or not finite, or there is no such tokenizer.
     """
-    family = _family_of(model)
+    family = family_of(model)
     entries = {"architectures": [family.language_classes[0]], **family.to_huggingface(model.config)}
     _save(Path(directory), model, params, entries, _tokenizer_file(tokenizer), scalar=False)
 
@@ -139,7 +108,7 @@ def save_scalar_model(
 
     Arguments and errors are those of `save_language_model`; a scale that is not positive is an error.
     """
-    family = _family_of(model)
+    family = family_of(model)
     shift, scale = (float(value) for value in normalisation)
     _check_normalisation(directory, shift, scale)
     file = _tokenizer_file(tokenizer)
@@ -162,9 +131,13 @@ def _load(directory: Path, *, scalar: bool) -> tuple[LanguageModel, Params, dict
     family = _family_named(directory, entries)
     _check_kind(directory, entries, family, scalar)
     try:
-        model = family.bind(family.from_huggingface(entries))
+        stop_ids = _stop_ids(directory, entries)
+        one = {"eos_token_id": stop_ids[0]} if stop_ids else {}
+        model = family.bind(family.from_huggingface(entries | one))
     except InputError as error:
         raise InputError(f"{directory / CONFIG}: {error}") from error
+    if stop_ids:
+        model = with_stop_ids(model, stop_ids)
 
     stored = _without_prefix(directory, stored_tensors(directory), family)
     if scalar != (_HEAD in stored):
@@ -175,17 +148,20 @@ def _load(directory: Path, *, scalar: bool) -> tuple[LanguageModel, Params, dict
         )
     expected = _expected(model, scalar)
     shapes = {name: tuple(tensor.shape) for name, tensor in named(expected).items()}
-    head, embedding = family.tied
-    if not scalar and head in stored:
+    head, embedding = family.head, family.embedding
+    repeated = not scalar and head in stored and head not in shapes
+    if repeated:
         shapes[head] = shapes[embedding]
     require_same(directory, shapes, {name: each.shape for name, each in stored.items()})
     tensors = read_tensors(stored)
-    if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
-        raise InputError(f"{directory}: {head} differs from {embedding}; only the tied head is supported")
+    if repeated and not torch.equal(tensors[head], tensors[embedding]):
+        raise InputError(
+            f"{directory}: {head} differs from {embedding}, but its config says that the head is tied"
+        )
     return model, nested(expected, tensors), entries
 
 
-def _without_prefix(directory: Path, stored: dict[str, Stored], family: _Family) -> dict[str, Stored]:
+def _without_prefix(directory: Path, stored: dict[str, Stored], family: Family) -> dict[str, Stored]:
     """The tensors under the backbone's own names, buffers left out."""
     plain: dict[str, Stored] = {}
     for name, each in stored.items():
@@ -210,37 +186,53 @@ def _save(
     shapes = [{name: tuple(each.shape) for name, each in part.items()} for part in (expected, tensors)]
     require_same(directory, *shapes)
     require_finite(directory, tensors)
-    prefix = _family_of(model).prefix
+    prefix = family_of(model).prefix
+    if len(model.stop_ids) > 1:
+        entries = entries | {"eos_token_id": list(model.stop_ids)}
     with atomic_directory(directory) as folder:
         (folder / CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-        names = {name: name if name == _HEAD else prefix + name for name in tensors}
+        outside = (_HEAD, family_of(model).head)
+        names = {name: name if name in outside else prefix + name for name in tensors}
         write_tensors(folder / WEIGHTS, {names[name]: tensor for name, tensor in tensors.items()})
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
+            for file in (tokenizer.with_name(name) for name in BESIDE):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
 
 
 def _expected(model: LanguageModel, scalar: bool) -> Params:
     params = template(model.init)
-    if scalar:
-        width = model.unembedding(params).shape[1]
-        params["score"] = {"weight": torch.empty(1, width, device="meta")}
-    return params
+    if not scalar:
+        return params
+    width = model.unembedding(params).shape[1]
+    return {**without_head(model, params), "score": {"weight": torch.empty(1, width, device="meta")}}
 
 
-def _family_named(directory: Path, entries: Mapping[str, Any]) -> _Family:
+def _family_named(directory: Path, entries: Mapping[str, Any]) -> Family:
     kind = entries.get("model_type")
-    if kind not in _FAMILIES:
+    if kind not in FAMILIES:
         raise InputError(
-            f"{directory / CONFIG}: unsupported model_type {kind!r}; supported: {', '.join(_FAMILIES)}"
+            f"{directory / CONFIG}: unsupported model_type {kind!r}; supported: {', '.join(FAMILIES)}"
         )
-    return _FAMILIES[kind]
+    return FAMILIES[kind]
 
 
-def _family_of(model: LanguageModel) -> _Family:
-    return next(family for family in _FAMILIES.values() if isinstance(model.config, family.config))
+def _stop_ids(directory: Path, entries: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every id that config.json or generation_config.json names as an end, in that order; () for none."""
+    generation = directory / GENERATION
+    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    found: list[int] = []
+    for stated in (entries.get("eos_token_id"), more):
+        each = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        for one in each:
+            if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+                raise InputError(f"eos_token_id must be a token id or a list of them, got {stated!r}")
+            found.append(one)
+    return tuple(dict.fromkeys(found))
 
 
-def _check_kind(directory: Path, entries: Mapping[str, Any], family: _Family, scalar: bool) -> None:
+def _check_kind(directory: Path, entries: Mapping[str, Any], family: Family, scalar: bool) -> None:
     """Refuses a reward model for a policy and the other way round, if config.json says which it is."""
     wanted = (family.scalar_class,) if scalar else family.language_classes
     found = entries.get("architectures") or [wanted[0]]

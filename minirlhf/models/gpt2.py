@@ -2,8 +2,7 @@
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The parameters keep the
 checkpoint's names and its [in, out] weights, so loading transposes nothing. Logits, greedy continuations and
-directories agree with transformers' GPT2LMHeadModel (tests/models). There is no dropout: the same tokens give
-the same states, as every comparison of log-probs needs.
+directories agree with transformers' GPT2LMHeadModel. No dropout: the same tokens give the same states.
 """
 
 from collections.abc import Mapping
@@ -187,6 +186,7 @@ def bind(config: GPT2Config) -> LanguageModel:
         unembedding=unembedding,
         new_cache=partial(new_cache, config=config),
         extend_=partial(extend_, config=config),
+        stop_ids=(config.eos_token_id,),
     )
 
 

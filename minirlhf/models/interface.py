@@ -35,7 +35,10 @@ class LanguageModel(NamedTuple):
     unembedding: params -> [V, D].
     new_cache: (params, batch, capacity) -> Cache on the device and in the dtype of the parameters.
     extend_: (params, tokens [B, T], start [B], cache) -> hidden [B, T, D]; writes the cache at
-        start[b] .. start[b] + T - 1 of row b and attends to all of row b before.
+        start[b] .. start[b] + T - 1 of row b and attends to what lies before in row b, as far as the family
+        looks back.
+    stop_ids: tokens that end a response, EOS first; a directory may name several.
+    head: the entry of the parameters that only `unembedding` reads; None where that is the token embedding.
 
     What is longer than the context or the cache is a ValueError, never cropped.
     """
@@ -46,6 +49,8 @@ class LanguageModel(NamedTuple):
     unembedding: Callable[[Params], Tensor]
     new_cache: Callable[[Params, int, int], Cache]
     extend_: Callable[[Params, Tensor, Tensor, Cache], Tensor]
+    stop_ids: tuple[int, ...]
+    head: str | None = None
 
 
 def aligned(hidden: Tensor) -> Tensor:
@@ -63,16 +68,22 @@ def aligned(hidden: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
 
 
-def with_scalar_head(params: Params, *, generator: torch.Generator) -> Params:
+def with_scalar_head(model: LanguageModel, params: Params, *, generator: torch.Generator) -> Params:
     """The same backbone (shared, not copied) with a fresh scalar head: score.weight [1, D] ~ N(0, 1/(D+1)).
 
-    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), appendix B: on the final norm's output, of
-    unit variance per entry, the first scores have a variance near 1.
+    The head replaces an unembedding of the model's own. The scale is that of Stiennon et al. 2020
+    (arXiv:2009.01325), appendix B: on the final norm's output, of unit variance per entry, the first scores
+    have a variance near 1.
     """
-    reference = params["wte"]["weight"]
+    reference = model.unembedding(params)
     width = reference.shape[-1]
     weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
-    return {**params, "score": {"weight": weight.to(reference)}}
+    return {**without_head(model, params), "score": {"weight": weight.to(reference)}}
+
+
+def without_head(model: LanguageModel, params: Params) -> Params:
+    """The backbone alone: what a scalar head reads, and a reward model's directory holds beside it."""
+    return {name: value for name, value in params.items() if name != model.head}
 
 
 def scalar(params: Params, hidden: Tensor) -> Tensor:

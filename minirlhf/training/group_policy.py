@@ -156,7 +156,7 @@ def train(
     Raises:
         GuardError, NonFiniteError, InputError: see `iteration`. What `keep` was given stays the best so far.
     """
-    stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
     task, state = Task(model, reference, scorer, prompts, stops), begin(policy)
     judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)

@@ -144,7 +144,7 @@ def train(
         critic: backbone and scalar head, usually `rewards.critic_from_reward_model`; not written to.
         scorer: reward of each response (`rewards`). prompts: token ids, each with room for max_response.
         seed: of prompts, uniforms and minibatch orders.
-        stop_ids: tokens that end a response, the first is EOS; by default the model's EOS alone.
+        stop_ids: tokens that end a response, the first is EOS; by default those of the model.
         evaluate: called on the first policy, every config.evaluate_every iterations, and on the last one;
             `ppo_sampling.objective_on` gives the default criterion.
         keep: gets each new best policy, by config.metric_for_best_model, and its evaluation.
@@ -157,7 +157,7 @@ def train(
     Raises:
         GuardError, NonFiniteError, InputError: see `iteration`. What `keep` was given stays the best so far.
     """
-    stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
     task = Task(model, reference, scorer, prompts, stops)
     state = begin(policy, critic, config)

@@ -144,7 +144,7 @@ def objective_on(
         (k1, nats per response, tempered law), `validation/response_length` (tokens).
     """
     index = torch.arange(len(prompts))
-    stops = [model.config.eos_token_id] if stop_ids is None else stop_ids
+    stops = model.stop_ids if stop_ids is None else stop_ids
 
     @torch.no_grad()
     def evaluate(params: Params) -> dict[str, float]:

@@ -38,7 +38,7 @@ def sample_responses(
         prompts,
         law=partial(tempered, temperature=temperature),
         max_new_tokens=max_response,
-        stop_ids=[model.config.eos_token_id],
+        stop_ids=model.stop_ids,
         seed=seed,
         prompt_index=index,
         sample_index=torch.zeros_like(index),

@@ -151,7 +151,7 @@ def reward(
     parts = read_pairs(start, data, setting)
     probes = [] if probe is None else tokenise_pairs(start, read_preferences(probe).rows, setting).examples
     generator = generator_for(setting, "reward")
-    initial = with_scalar_head(start.params, generator=generator)
+    initial = with_scalar_head(start.model, start.params, generator=generator)
     files = {"preferences": data} | ({} if probe is None else {"probe": probe})
     save = partial(_save_scalar, start, Normalisation(0.0, 1.0))
     with open_stage(out, "reward", save, config, setting, data=files, weights={"policy": policy}) as stage:
@@ -206,7 +206,7 @@ def _respond(
         [fitting[i] for i in index.tolist()],
         law=partial(tempered, temperature=config.temperature),
         max_new_tokens=config.max_response,
-        stop_ids=[start.model.config.eos_token_id],
+        stop_ids=start.model.stop_ids,
         seed=seed_for(setting, "reward normalisation"),
         prompt_index=index,
         sample_index=episode // len(fitting),

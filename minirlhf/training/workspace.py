@@ -14,6 +14,7 @@ import torch
 
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.models.checkpoint import Normalisation, load_language_model, load_scalar_model
+from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import (
     InputError,
@@ -70,7 +71,11 @@ def _loaded(
             f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model a vocabulary of only "
             f"{model.config.vocab_size}"
         )
-    return Checkpoint(path, model, move(params, device), tokenizer, normalisation)
+    # The tokenizer ends responses by its chat template's terminator, which need not be the config's first id.
+    # An id beyond the vocabulary (a family's default in a small model) cannot be drawn.
+    ends = [end for end in (tokenizer.eos_id, *model.stop_ids) if end < model.config.vocab_size]
+    bound = with_stop_ids(model, tuple(dict.fromkeys(ends)))
+    return Checkpoint(path, bound, move(params, device), tokenizer, normalisation)
 
 
 def require_same_model(first: Checkpoint, second: Checkpoint) -> None:

@@ -169,7 +169,7 @@ def test_the_kl_column_is_the_tested_function_on_the_shown_responses(done: Compa
 
 
 def test_a_second_reward_model_judges_the_sampled_ids_and_has_no_components() -> None:
-    params = with_scalar_head(world.policy(5), generator=torch.Generator().manual_seed(0))
+    params = with_scalar_head(world.model(), world.policy(5), generator=torch.Generator().manual_seed(0))
     normalisation = Normalisation(0.3, 2.0)
     second = reward_model_judge(world.model(), params, normalisation)
     rollout = Rollout(

@@ -150,7 +150,7 @@ def test_growing_past_the_cache_is_an_error_that_writes_nothing() -> None:
 def test_the_scalar_head_reads_every_position_in_at_least_fp32() -> None:
     model, params = tiny()
     tokens, _ = ragged()
-    headed = with_scalar_head(params, generator=torch.Generator().manual_seed(1))
+    headed = with_scalar_head(model, params, generator=torch.Generator().manual_seed(1))
     states = model.hidden(headed, tokens)
     scores = scalar(headed, states)
     head = headed["score"]["weight"]
@@ -164,7 +164,7 @@ def test_the_scalar_head_reads_every_position_in_at_least_fp32() -> None:
 
 def test_the_fresh_scalar_head_has_variance_one_over_width_plus_one() -> None:
     wide = {"wte": {"weight": torch.zeros(2, 4096)}}
-    head = with_scalar_head(wide, generator=torch.Generator().manual_seed(0))["score"]["weight"]
+    head = with_scalar_head(tiny()[0], wide, generator=torch.Generator().manual_seed(0))["score"]["weight"]
     assert head.std().item() == pytest.approx(4097**-0.5, rel=0.05)
 
 

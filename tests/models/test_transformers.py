@@ -182,7 +182,7 @@ def raw_scores(model: LanguageModel, params: Params, tokens: Tensor, lengths: Te
 
 def test_a_reward_model_gives_the_same_raw_scores_there_also_where_rows_end_in_eos(tmp_path: Path) -> None:
     model, params = tiny(eos_token_id=0)
-    params = with_scalar_head(params, generator=torch.Generator().manual_seed(1))
+    params = with_scalar_head(model, params, generator=torch.Generator().manual_seed(1))
     tokenizer = byte_level_tokenizer(tmp_path / "tokenizer.json")
     save_scalar_model(
         tmp_path / "rm", model, params, tokenizer=tokenizer, normalisation=Normalisation(3.0, 0.5)

@@ -61,6 +61,7 @@ def counting_model(config: CountingConfig = CountingConfig()) -> LanguageModel:
         unembedding=lambda params: params["identity"],
         new_cache=new_cache,
         extend_=extend_,
+        stop_ids=(config.eos_token_id,),
     )
 
 

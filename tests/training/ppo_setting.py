@@ -46,7 +46,7 @@ def moved(params: Params, *, by: float, seed: int = 9) -> Params:
 
 POLICY = fresh(0)
 REFERENCE = moved(POLICY, by=0.05)
-CRITIC = with_scalar_head(fresh(1), generator=torch.Generator().manual_seed(2))
+CRITIC = with_scalar_head(MODEL, fresh(1), generator=torch.Generator().manual_seed(2))
 
 
 def token_scorer(rollout: Rollout, prompt_index: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def token_scorer(rollout: Rollout, prompt_index: Tensor) -> Tensor:
     return share + 0.1 * prompt_index.to(share)
 
 
-TASK = Task(MODEL, REFERENCE, token_scorer, PROMPTS, [EOS])
+TASK = Task(MODEL, REFERENCE, token_scorer, PROMPTS, (EOS,))
 
 
 def identical(a: Params, b: Params) -> bool:

@@ -112,6 +112,7 @@ def _bound(config: WorldConfig, one_hot: Callable[[Tensor], Tensor]) -> Language
         unembedding=lambda params: params["table"],
         new_cache=lambda params, batch, capacity: Cache([torch.ones(batch, capacity).long()], []),
         extend_=extend_,
+        stop_ids=(0,),
     )
 
 

@@ -48,7 +48,7 @@ def fresh(seed: int = 0) -> Params:
 
 
 def fresh_reward(seed: int = 0) -> Params:
-    return with_scalar_head(fresh(seed), generator=torch.Generator().manual_seed(seed + 1))
+    return with_scalar_head(MODEL, fresh(seed), generator=torch.Generator().manual_seed(seed + 1))
 
 
 def generator(seed: int = 0) -> torch.Generator:
