@@ -18,12 +18,17 @@ from minirlhf.runs import InputError, load_config, read_metrics
 from minirlhf.training import ppo as ppo_page
 from minirlhf.training import sft as sft_page
 from minirlhf.training import stages
+from minirlhf.training.inputs import read_pairs, read_plain, read_prompt_ids
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
+from minirlhf.training.rewards import reward_model_scorer
 from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting, ShapeConfig, seed_for
 from minirlhf.training.sft import SFTConfig
+from minirlhf.training.stages.around import prompts_of
+from minirlhf.training.stages.reward import respond
 from minirlhf.training.update import NonFiniteError
+from minirlhf.training.workspace import load_policy
 from tests.miniature import write_files, write_rows
 
 SHAPE = ShapeConfig(n_layer=1, n_embd=16, n_head=2, n_positions=48)
@@ -152,17 +157,17 @@ def test_dpo_and_ipo_train_by_different_losses(made: Path, tmp_path: Path) -> No
 
 def test_reward_model_is_normalised_on_the_sft_models_own_responses(made: Path) -> None:
     model, params, normalisation = load_scalar_model(made / "reward")
-    start = stages.load_policy(made / "sft", quiet())
-    pairs = stages.read_pairs(start, made / "data/preferences.jsonl", quiet())
-    rollout = stages._respond(start, stages._prompts(pairs.validation), NORMALISE, quiet())
-    scores = stages.reward_model_scorer(model, params, normalisation)(rollout, torch.zeros(16))
+    start = load_policy(made / "sft", quiet())
+    pairs = read_pairs(start, made / "data/preferences.jsonl", quiet())
+    rollout = respond(start, prompts_of(pairs.validation), NORMALISE, quiet())
+    scores = reward_model_scorer(model, params, normalisation)(rollout, torch.zeros(16))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
     used = Counter(
         tuple(row[:length].tolist())
         for row, length in zip(rollout.tokens, rollout.prompt_lengths, strict=True)
     )
-    assert used.keys() == {tuple(ids) for ids in stages._prompts(pairs.validation)}
+    assert used.keys() == {tuple(ids) for ids in prompts_of(pairs.validation)}
     assert max(used.values()) - min(used.values()) <= 1
     assert len(rollout.tokens) == 16 and int((rollout.lengths - rollout.prompt_lengths).max()) <= 8
 
@@ -276,7 +281,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(made: Path, tmp_pat
     content["model"]["vocab"]["zzzz"] = max(content["model"]["vocab"].values()) + 1
     (out / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="its tokenizer has .* ids, its model a vocabulary of only"):
-        stages.load_policy(out, quiet())
+        load_policy(out, quiet())
 
 
 def _interrupting(error: BaseException, page: Any) -> Callable[..., Any]:
@@ -344,8 +349,8 @@ def test_no_two_purposes_and_no_two_seeds_share_a_stream() -> None:
 
 
 def test_plain_text_is_cut_into_disjoint_training_and_validation(made: Path) -> None:
-    start = stages.load_policy(made / "model", quiet())
-    train, validation = stages.read_plain(start, made / "data/plain.jsonl", quiet())
+    start = load_policy(made / "model", quiet())
+    train, validation = read_plain(start, made / "data/plain.jsonl", quiet())
     assert len(train) == 36 and len(validation) == 4
     assert not {tuple(e.ids) for e in train} & {tuple(e.ids) for e in validation}
 
@@ -353,15 +358,15 @@ def test_plain_text_is_cut_into_disjoint_training_and_validation(made: Path) -> 
 def test_a_prompt_without_room_for_the_response_is_dropped_with_its_line_or_refused(
     made: Path, tmp_path: Path
 ) -> None:
-    start = stages.load_policy(made / "model", quiet())
+    start = load_policy(made / "model", quiet())
     longest = len(start.tokenizer.encode("red " * 20)) + 2
     rows = [{"prompt": f"I want {i}.\n"} for i in range(30)] + [{"prompt": "red " * 20 + "\n"}]
     write_rows(tmp_path / "prompts.jsonl", rows)
     said: list[object] = []
     dropping = quiet(overlong="drop")._replace(show=said.append)
-    parts = stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, dropping)
+    parts = read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, dropping)
     assert sum(map(len, parts)) == 30
     assert any("dropped 1 of" in str(line) and "line 31" in str(line) for line in said)
     with pytest.raises(InputError, match="prompts.jsonl|31"):
-        stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, quiet())
-    assert sum(map(len, stages.read_prompt_ids(start, tmp_path / "prompts.jsonl", 2, quiet()))) == 31
+        read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, quiet())
+    assert sum(map(len, read_prompt_ids(start, tmp_path / "prompts.jsonl", 2, quiet()))) == 31

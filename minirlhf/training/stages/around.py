@@ -1,0 +1,48 @@
+"""What every stage does around its page: save its kind of model, watch samples, say how it ended."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minirlhf.data.records import PairExample
+from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
+from minirlhf.models.interface import Params
+from minirlhf.training.loop import StageResult
+from minirlhf.training.samples import sample_watcher
+from minirlhf.training.setting import Setting, seed_for
+from minirlhf.training.workspace import Checkpoint, Stage
+
+Metrics = dict[str, float]
+
+
+def save_policy(start: Checkpoint, folder: Path, params: Params) -> None:
+    """How a stage keeps a policy: with the tokenizer that it started from."""
+    save_language_model(folder, start.model, params, tokenizer=start.tokenizer.path)
+
+
+def save_scalar(start: Checkpoint, normalisation: Normalisation, folder: Path, params: Params) -> None:
+    """How a stage keeps a reward model: likewise, with what its scores are normalised by."""
+    save_scalar_model(
+        folder, start.model, params, tokenizer=start.tokenizer.path, normalisation=normalisation
+    )
+
+
+def prompts_of(pairs: Sequence[PairExample]) -> list[list[int]]:
+    """The prompts' ids, one for each pair."""
+    return [pair.chosen.ids[: pair.chosen.prompt_length] for pair in pairs]
+
+
+def watcher(
+    name: str, start: Checkpoint, prompts: Sequence[Sequence[int]], stage: Stage, setting: Setting
+) -> Callable[[Params], Metrics]:
+    """Responses to the same few prompts at every evaluation, with uniforms of the stage's own."""
+    seed = seed_for(setting, f"{name} samples")
+    return sample_watcher(start.model, start.tokenizer, prompts, stage.folder, stage=name, seed=seed)
+
+
+def tell(name: str, result: StageResult, out: Path, setting: Setting) -> Metrics:
+    """Says how a stage ended, and gives its metrics back."""
+    told = ", ".join(
+        f"{key} {value:.4g}" for key, value in result.metrics.items() if isinstance(value, float)
+    )
+    setting.show(f"{name}: best after step {result.best_step}: {told}; written to {out}")
+    return result.metrics
