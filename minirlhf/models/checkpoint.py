@@ -130,6 +130,7 @@ def _load(directory: Path, *, scalar: bool) -> tuple[LanguageModel, Params, dict
     entries = read_json(directory / CONFIG)
     family = _family_named(directory, entries)
     _check_kind(directory, entries, family, scalar)
+    _check_unquantised(directory / CONFIG, entries)
     try:
         stop_ids = _stop_ids(directory, entries)
         one = {"eos_token_id": stop_ids[0]} if stop_ids else {}
@@ -211,7 +212,7 @@ def _expected(model: LanguageModel, scalar: bool) -> Params:
 
 def _family_named(directory: Path, entries: Mapping[str, Any]) -> Family:
     kind = entries.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
             f"{directory / CONFIG}: unsupported model_type {kind!r}; supported: {', '.join(FAMILIES)}"
         )
@@ -245,6 +246,16 @@ def _check_kind(directory: Path, entries: Mapping[str, Any], family: Family, sca
         f"{directory}: expected {kinds[wanted[0]]} ({' or '.join(wanted)}), "
         f"found {kinds.get(found[0], 'something else')} ({found[0]})"
     )
+
+
+def _check_unquantised(path: Path, entries: Mapping[str, Any]) -> None:
+    """Packed integers are no parameters of any family, whatever the method was."""
+    quantised = entries.get("quantization_config")
+    if quantised is not None:
+        raise InputError(
+            f"{path}: unsupported option quantization_config = {quantised!r}; supported: weights in floating "
+            "point, as transformers' dequantize and save_pretrained write them"
+        )
 
 
 def _normalisation(path: Path, ours: Any) -> Normalisation:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from minirlhf.models import gpt2
+from minirlhf.models import gpt2, gpt_neo, llama, llama_config, neox
 from minirlhf.models.interface import LanguageModel
 
 
@@ -36,6 +36,22 @@ class Family(NamedTuple):
     ignored: re.Pattern[str]
 
 
+def _llama(name: str) -> Family:
+    """One of the model types of models/llama.py, by what its classes' names begin with."""
+    return Family(
+        config=llama_config.LlamaConfig,
+        from_huggingface=llama_config.from_huggingface,
+        to_huggingface=llama_config.to_huggingface,
+        bind=llama.bind,
+        language_classes=(f"{name}ForCausalLM", f"{name}Model"),
+        scalar_class=f"{name}ForSequenceClassification",
+        prefix="model.",
+        embedding="embed_tokens.weight",
+        head="lm_head.weight",
+        ignored=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         config=gpt2.GPT2Config,
@@ -48,6 +64,33 @@ FAMILIES: dict[str, Family] = {
         embedding="wte.weight",
         head="lm_head.weight",
         ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),
+    ),
+    "llama": _llama("Llama"),
+    "mistral": _llama("Mistral"),
+    "qwen2": _llama("Qwen2"),
+    "gpt_neox": Family(
+        config=neox.GPTNeoXConfig,
+        from_huggingface=neox.from_huggingface,
+        to_huggingface=neox.to_huggingface,
+        bind=neox.bind,
+        language_classes=("GPTNeoXForCausalLM", "GPTNeoXModel"),
+        scalar_class="GPTNeoXForSequenceClassification",
+        prefix="gpt_neox.",
+        embedding="embed_in.weight",
+        head="embed_out.weight",
+        ignored=re.compile(r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)"),
+    ),
+    "gpt_neo": Family(
+        config=gpt_neo.GPTNeoConfig,
+        from_huggingface=gpt_neo.from_huggingface,
+        to_huggingface=gpt_neo.to_huggingface,
+        bind=gpt_neo.bind,
+        language_classes=("GPTNeoForCausalLM", "GPTNeoModel"),
+        scalar_class="GPTNeoForSequenceClassification",
+        prefix="transformer.",
+        embedding="wte.weight",
+        head="lm_head.weight",
+        ignored=re.compile(r"h\.\d+\.attn\.attention\.(masked_)?bias"),
     ),
 }
 """Every model type that we read and write."""

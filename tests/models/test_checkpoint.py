@@ -296,9 +296,10 @@ def test_an_unsupported_option_stops_before_any_tensor_is_read(policy: Path) -> 
 
 
 def test_another_family_is_named_with_those_that_are_supported(policy: Path) -> None:
-    edit_config(policy, model_type="llama")
+    edit_config(policy, model_type="bloom")
     assert message(load_language_model, policy) == (
-        f"{policy / 'config.json'}: unsupported model_type 'llama'; supported: gpt2"
+        f"{policy / 'config.json'}: unsupported model_type 'bloom'; supported: "
+        "gpt2, llama, mistral, qwen2, gpt_neox, gpt_neo"
     )
 
 

@@ -1,0 +1,240 @@
+"""Llama and its kin from scratch: pure functions of (params, config).
+
+Touvron et al. 2023, "Llama 2" (arXiv:2307.09288), and what others changed: Llama 3 and SmolLM2 (stretched
+positions, grouped queries, a tied head), Mistral (a sliding window), Qwen2 (biases, windows in some layers).
+Names and [out, in] weights are the checkpoint's; llama_config.py reads its config. Logits, greedy
+continuations and directories agree with transformers (tests/models/parity.py). There is no dropout.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.llama_config import FULL, SLIDING, LlamaConfig, RopeParameters
+
+
+def init_params(generator: torch.Generator, *, config: LlamaConfig) -> Params:
+    """Fresh fp32 parameters: weights N(0, σ²), biases 0, norms 1, as transformers draws them."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    biased = config.attention_bias or config.model_type == "qwen2"
+
+    def linear(fan_in: int, fan_out: int, bias: bool = False) -> Params:
+        weight = torch.randn(fan_out, fan_in, generator=generator) * config.initializer_range
+        return {"weight": weight, "bias": torch.zeros(fan_out)} if bias else {"weight": weight}
+
+    def block() -> Params:
+        return {
+            "input_layernorm": {"weight": torch.ones(width)},
+            "self_attn": {
+                "q_proj": linear(width, q, biased),
+                "k_proj": linear(width, kv, biased),
+                "v_proj": linear(width, kv, biased),
+                "o_proj": linear(q, width, config.attention_bias),
+            },
+            "post_attention_layernorm": {"weight": torch.ones(width)},
+            "mlp": {
+                "gate_proj": linear(width, inner, config.mlp_bias),
+                "up_proj": linear(width, inner, config.mlp_bias),
+                "down_proj": linear(inner, width, config.mlp_bias),
+            },
+        }
+
+    params: Params = {"embed_tokens": linear(width, config.vocab_size)}
+    params["layers"] = [block() for _ in range(config.num_hidden_layers)]
+    params["norm"] = {"weight": torch.ones(width)}
+    return params if config.tie_word_embeddings else params | {"lm_head": linear(width, config.vocab_size)}
+
+
+def _linear(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x, params["weight"], params.get("bias"))
+
+
+def _norm(params: Params, x: Tensor, config: LlamaConfig) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow and vanish in half precision
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+    return params["weight"] * wide.to(x.dtype)
+
+
+def frequencies(rope: RopeParameters, width: int, *, device: torch.device) -> Tensor:
+    """Radians per position of each pair of dimensions, [width / 2]: θ^(-2i/width), then stretched.
+
+    Su et al. 2021, "RoFormer" (arXiv:2104.09864). In fp32 and by the operations of transformers: at position
+    8,000 the last bit of a frequency is 5e-4 radians, and checkpoints were trained with these.
+    """
+    plain = 1.0 / rope.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    return _STRETCH[rope.rope_type](plain, rope)
+
+
+def _unstretched(plain: Tensor, rope: RopeParameters) -> Tensor:
+    """As trained. Also dynamic NTK up to max_position_embeddings, which is where every context here ends."""
+    return plain
+
+
+def _linear_stretch(plain: Tensor, rope: RopeParameters) -> Tensor:
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
+    return plain / rope.factor
+
+
+def _llama3_stretch(plain: Tensor, rope: RopeParameters) -> Tensor:
+    """Llama 3.1: slow pairs interpolated, fast ones kept, in between a blend of both."""
+    turns = rope.original_max_position_embeddings / (2 * math.pi / plain)  # within the original context
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = (1 - kept) * plain / rope.factor + kept * plain
+    slow = torch.where(turns < rope.low_freq_factor, plain / rope.factor, blend)
+    return torch.where(turns > rope.high_freq_factor, plain, slow)
+
+
+def _yarn_stretch(plain: Tensor, rope: RopeParameters) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs from kept to interpolated."""
+    pairs = len(plain)
+
+    def pair_that_turns(times: float) -> float:
+        period = rope.original_max_position_embeddings / (times * 2 * math.pi)
+        return 2 * pairs * math.log(period) / (2 * math.log(rope.rope_theta))
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    steps = torch.arange(pairs, dtype=torch.float32, device=plain.device)
+    kept = 1 - ((steps - first) / (last - first or 0.001)).clamp(0, 1)
+    return plain / rope.factor * (1 - kept) + plain * kept
+
+
+_STRETCH = {
+    "default": _unstretched,
+    "dynamic": _unstretched,
+    "linear": _linear_stretch,
+    "llama3": _llama3_stretch,
+    "yarn": _yarn_stretch,
+}
+
+
+def _rotations(positions: Tensor, like: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [..., T], once for all layers: each [..., T, Dh / 2]."""
+    scale = config.rope_parameters.attention_factor
+    turns = frequencies(config.rope_parameters, config.head_dim, device=positions.device)
+    angles = positions[..., None].float() * turns
+    return (angles.cos() * scale).to(like.dtype), (angles.sin() * scale).to(like.dtype)
+
+
+def _rotate(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotations
+    first, second = x.chunk(2, dim=-1)  # pair i is (x[i], x[i + Dh / 2]) in these checkpoints
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _heads(params: Params, x: Tensor, rotations: tuple[Tensor, Tensor], config: LlamaConfig) -> list[Tensor]:
+    """Queries [B, H, T, Dh], keys and values [B, H_kv, T, Dh]; queries and keys are rotated."""
+    split = (*x.shape[:2], -1, config.head_dim)
+    names = ("q_proj", "k_proj", "v_proj")
+    q, k, v = (_linear(params[name], x).view(split).transpose(1, 2) for name in names)
+    return [_rotate(q, rotations), _rotate(k, rotations), v]
+
+
+def _attend(params: Params, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """visible: bool [.., T, S]; None for all that is not in the future. Heads of a group share their keys."""
+    causal = visible is None
+    attended = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=True)
+    return _linear(params["o_proj"], attended.transpose(1, 2).flatten(2))
+
+
+def _mlp(params: Params, x: Tensor) -> Tensor:
+    gated = F.silu(_linear(params["gate_proj"], x)) * _linear(params["up_proj"], x)  # SwiGLU
+    return _linear(params["down_proj"], gated)
+
+
+def hidden(params: Params, tokens: Tensor, *, config: LlamaConfig) -> Tensor:
+    """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+
+    Attention is causal, so right padding reaches no valid position and needs no mask.
+
+    Raises:
+        ValueError: T exceeds the context. Nothing is cropped.
+    """
+    time, window = tokens.shape[1], config.sliding_window
+    _check_fits(time, config)
+    at = torch.arange(time, device=tokens.device)
+    masks: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
+    if window is not None and window < time:
+        masks[SLIDING] = (at <= at[:, None]) & (at > at[:, None] - window)  # [T, T]
+    x = F.embedding(tokens, params["embed_tokens"]["weight"])
+    rotations = _rotations(at, x, config)
+    for block, kind in zip(params["layers"], config.layer_types, strict=True):
+        q, k, v = _heads(block["self_attn"], _norm(block["input_layernorm"], x, config), rotations, config)
+        x = x + _attend(block["self_attn"], q, k, v, masks[kind])
+        x = x + _mlp(block["mlp"], _norm(block["post_attention_layernorm"], x, config))
+    return _norm(params["norm"], x, config)
+
+
+def unembedding(params: Params, *, config: LlamaConfig) -> Tensor:
+    """[V, D]: the token embedding where the head is tied to it."""
+    return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
+
+
+def new_cache(params: Params, batch: int, capacity: int, *, config: LlamaConfig) -> Cache:
+    """An empty cache for `batch` rows of at most `capacity` tokens, in the parameters' dtype and device.
+
+    Raises:
+        ValueError: the capacity exceeds the context.
+    """
+    _check_fits(capacity, config)
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    like = params["embed_tokens"]["weight"]
+    layers = range(config.num_hidden_layers)
+    return Cache(keys=[like.new_zeros(shape) for _ in layers], values=[like.new_zeros(shape) for _ in layers])
+
+
+def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, config: LlamaConfig) -> Tensor:
+    """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
+
+    Writes keys (rotated) and values of row b into slots start[b] .. start[b] + T - 1. Token i of row b
+    attends to slots 0 .. start[b] + i, in sliding layers to the last `sliding_window` of them. What a short
+    row leaves behind its end, its next call overwrites.
+
+    Raises:
+        ValueError: a row would grow past the cache's capacity; nothing was written.
+    """
+    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
+    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
+    if end > capacity:
+        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    slots, now = torch.arange(end, device=tokens.device), positions[:, None, :, None]
+    visible = slots <= now  # [B, 1, T, S]
+    masks = {FULL: visible, SLIDING: visible & (slots > now - (config.sliding_window or capacity))}
+    x = F.embedding(tokens, params["embed_tokens"]["weight"])
+    rotations = _rotations(positions[:, None], x, config)
+    for block, kind, keys, values in zip(params["layers"], config.layer_types, *cache, strict=True):
+        q, k, v = _heads(block["self_attn"], _norm(block["input_layernorm"], x, config), rotations, config)
+        keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H_kv, Dh], advanced indices first
+        values[rows, :, positions] = v.transpose(1, 2)
+        x = x + _attend(block["self_attn"], q, keys[:, :, :end], values[:, :, :end], masks[kind])
+        x = x + _mlp(block["mlp"], _norm(block["post_attention_layernorm"], x, config))
+    return _norm(params["norm"], x, config)
+
+
+def bind(config: LlamaConfig) -> LanguageModel:
+    """The functions of this page, bound to one config."""
+    return LanguageModel(
+        config=config,
+        init=partial(init_params, config=config),
+        hidden=partial(hidden, config=config),
+        unembedding=partial(unembedding, config=config),
+        new_cache=partial(new_cache, config=config),
+        extend_=partial(extend_, config=config),
+        stop_ids=(config.eos_token_id,),
+        head=None if config.tie_word_embeddings else "lm_head",
+    )
+
+
+def _check_fits(length: int, config: LlamaConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence of {length} tokens exceeds the context of {config.max_position_embeddings}"
+        )
