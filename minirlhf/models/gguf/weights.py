@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from minirlhf.models.gguf_file import GGUFFile
+from minirlhf.models.gguf.file import GGUFFile
 from minirlhf.models.tensor_files import listing
 from minirlhf.runs import InputError
 

@@ -7,7 +7,7 @@ it is refused: another splitting gives other ids, and the model would quietly be
 
 from typing import Any
 
-from minirlhf.models.gguf_file import GGUFFile
+from minirlhf.models.gguf.file import GGUFFile
 from minirlhf.runs import InputError
 
 # llama.cpp's kinds of tokens

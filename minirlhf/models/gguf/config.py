@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from minirlhf.models.gguf_file import GGUFFile, shortest
-from minirlhf.models.gguf_weights import ROTARY_DIVISORS
+from minirlhf.models.gguf.file import GGUFFile, shortest
+from minirlhf.models.gguf.weights import ROTARY_DIVISORS
 from minirlhf.runs import InputError
 
 

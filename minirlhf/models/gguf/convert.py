@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf.models.gguf_config import config_of
-from minirlhf.models.gguf_file import GGUFFile
-from minirlhf.models.gguf_tokenizer import special_id, tokenizer_config, tokenizer_json
-from minirlhf.models.gguf_weights import architecture_of, names_of
+from minirlhf.models.gguf.config import config_of
+from minirlhf.models.gguf.file import GGUFFile
+from minirlhf.models.gguf.tokenizer import special_id, tokenizer_config, tokenizer_json
+from minirlhf.models.gguf.weights import architecture_of, names_of
 from minirlhf.models.tensor_files import WEIGHTS
 from minirlhf.runs import InputError, atomic_directory
 
