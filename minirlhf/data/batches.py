@@ -1,8 +1,10 @@
 """Text records -> examples of ids -> batches in an order: the last place where text and lengths are decided.
 
-Prompt and response are tokenised apart and joined by ids, so the prompt that a response was trained after is,
-id for id, the prompt that is sampled from. EOS ends each trained response that is whole. What is longer than
-`max_length` is dropped, truncated or refused, as the caller says; whatever is lost is listed by line.
+Prompt and response are tokenised apart and joined by ids, so the prompt that a response was trained after
+is, id for id, the prompt that is sampled from. EOS ends each trained response that is whole; BOS begins a
+row where the tokenizer has one. Rows with messages are written by the checkpoint's own chat template, if it
+has one; rows that it refuses are dropped with its reason. What is longer than `max_length` is dropped,
+truncated or refused, as the caller says; whatever is lost is listed by line.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +14,19 @@ from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from minirlhf.data.conversation import Unfit, content_of
 from minirlhf.data.readers import describe_dropped
-from minirlhf.data.records import Demonstration, Example, PairExample, Pairs, Preference, Prompt, Sequences
+from minirlhf.data.records import (
+    Demonstration,
+    Example,
+    Message,
+    PairExample,
+    Pairs,
+    Preference,
+    Prompt,
+    Sequences,
+)
+from minirlhf.data.template_ids import ChatTemplate
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.runs import InputError
 
@@ -62,15 +75,21 @@ def tokenise_demonstrations(
             trained token is left.
 
     Raises:
-        InputError: a row is too long and overlong is "error", or no row is left.
+        InputError: a row is too long and overlong is "error".
     """
-    texts = [text for row in rows for text in (row.prompt, *(segment for segment, _ in row.segments))]
+    plain = [row for row in rows if _template(row, tokenizer) is None]
+    texts = [text for row in plain for text in (row.prompt, *(segment for segment, _ in row.segments))]
     ids = iter(tokenizer.encode_all(texts))
-    sides = []
+    sides: list[tuple[Example, ...] | str] = []
     for row in rows:
-        prompt = next(ids)
-        segments = [(next(ids), trained) for _, trained in row.segments]
-        sides.append((_example(prompt, segments, tokenizer.eos_id),))
+        template = _template(row, tokenizer)
+        if template is None:
+            prompt = _opened(tokenizer, next(ids))
+            segments = [(next(ids), trained) for _, trained in row.segments]
+            sides.append((_example(prompt, segments, tokenizer.eos_id),))
+        else:
+            answers = sum(trained for _, trained in row.segments)
+            sides.append(_chats(template, [row.messages or ()], answers=answers))
     fitted = _fit([row.line for row in rows], sides, max_length=max_length, overlong=overlong)
     return Tokenised([example for (example,) in fitted.examples], fitted.kept, fitted.report)
 
@@ -88,13 +107,19 @@ def tokenise_preferences(
             which a response would be empty or both would be equal.
 
     Raises:
-        InputError: a pair is too long and overlong is "error", or no pair is left.
+        InputError: a pair is too long and overlong is "error".
     """
-    texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
-    ids = iter(tokenizer.encode_all(texts))
-    sides = []
-    for prompt, chosen, rejected in zip(ids, ids, ids, strict=True):
-        sides.append(tuple(_example(prompt, [(side, True)], tokenizer.eos_id) for side in (chosen, rejected)))
+    plain = [row for row in rows if _template(row, tokenizer) is None]
+    ids = iter(tokenizer.encode_all([t for row in plain for t in (row.prompt, row.chosen, row.rejected)]))
+    sides: list[tuple[Example, ...] | str] = []
+    for row in rows:
+        template = _template(row, tokenizer)
+        if template is None:
+            prompt, *responses = _opened(tokenizer, next(ids)), next(ids), next(ids)
+            sides.append(tuple(_example(prompt, [(side, True)], tokenizer.eos_id) for side in responses))
+        else:
+            replies = [Message("assistant", content_of(side)) for side in (row.chosen, row.rejected)]
+            sides.append(_chats(template, [(*(row.messages or ()), reply) for reply in replies], answers=1))
     fitted = _fit([row.line for row in rows], sides, max_length=max_length, overlong=overlong)
     pairs = [PairExample(chosen, rejected) for chosen, rejected in fitted.examples]
     return Tokenised(pairs, fitted.kept, fitted.report)
@@ -112,13 +137,15 @@ def tokenise_prompts(
         overlong: whether a longer prompt is dropped or refused.
 
     Raises:
-        InputError: a prompt is too long and overlong is "error", or no prompt is left.
+        InputError: a prompt is too long and overlong is "error".
     """
     if overlong not in ("drop", "error"):
         raise ValueError(f'expected overlong of prompts to be "drop" or "error", got {overlong!r}')
     examples, kept, dropped = [], [], []
-    for i, (row, ids) in enumerate(zip(rows, tokenizer.encode_all([r.prompt for r in rows]), strict=True)):
-        if not ids:
+    for i, (row, ids) in enumerate(zip(rows, _prompts(rows, tokenizer), strict=True)):
+        if isinstance(ids, str):
+            dropped.append((row.line, ids))
+        elif not ids:
             dropped.append((row.line, "the prompt has no tokens"))
         elif len(ids) <= max_length:
             examples.append(ids)
@@ -126,7 +153,20 @@ def tokenise_prompts(
         else:
             _refuse_if_error(row.line, len(ids), overlong=overlong, max_length=max_length)
             dropped.append((row.line, _too_long(max_length)))
-    return _some_left(Tokenised(examples, kept, Report(len(rows), dropped, [])))
+    return Tokenised(examples, kept, Report(len(rows), dropped, []))
+
+
+def describe_chats(chats: int, *, total: int, tokenizer: Tokenizer) -> str:
+    """One line about how the `chats` conversations among `total` rows become ids."""
+    if tokenizer.template is None:
+        how = (
+            r"written as transcripts (\n\nHuman: ... \n\nAssistant: ...): the tokenizer has no chat template"
+        )
+    else:
+        end = repr(tokenizer.template.terminator)
+        how = f"written by the chat template in {tokenizer.template.path}; {end} ends an answer"
+    rest = f"; the {total - chats} others are plain text, which no template touches"
+    return f"{chats} conversations are {how}{rest if chats < total else ''}"
 
 
 def epoch_order(n: int, *, batch_size: int, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
@@ -210,6 +250,54 @@ def validate_pairs(pairs: Pairs, *, vocab_size: int) -> Pairs:
     return pairs
 
 
+def _template(row: Demonstration | Preference | Prompt, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What writes this row; None where it is plain text, or there is no template."""
+    return None if row.messages is None else tokenizer.template
+
+
+def _opened(tokenizer: Tokenizer, prompt: list[int]) -> list[int]:
+    """A prompt with BOS in front; one without tokens stays unusable."""
+    return [*tokenizer.opening, *prompt] if prompt else prompt
+
+
+def _prompts(rows: Sequence[Prompt], tokenizer: Tokenizer) -> Iterator[list[int] | str]:
+    """The ids of each prompt, or why its chat template refuses it."""
+    plain = iter(tokenizer.encode_all([r.prompt for r in rows if _template(r, tokenizer) is None]))
+    for row in rows:
+        template = _template(row, tokenizer)
+        try:
+            if template is None:
+                yield _opened(tokenizer, next(plain))
+            else:
+                pieces = template.encode(row.messages or (), ask=True)
+                yield [id for piece in pieces for id in (*piece.read, *piece.answer)]
+        except Unfit as unfit:
+            yield str(unfit)
+
+
+def _chats(
+    template: ChatTemplate, chats: Sequence[Sequence[Message]], *, answers: int
+) -> tuple[Example, ...] | str:
+    """An example of each conversation, its last `answers` trained; or why the template refuses one."""
+    try:
+        return tuple(_chat(template, messages, answers=answers) for messages in chats)
+    except Unfit as unfit:
+        return str(unfit)
+
+
+def _chat(template: ChatTemplate, messages: Sequence[Message], *, answers: int) -> Example:
+    pieces = template.encode(messages, ask=False, trained=answers)
+    before, trained = pieces[:-answers], pieces[-answers:]
+    ids = [id for piece in before for id in (*piece.read, *piece.answer)] + trained[0].read
+    prompt_length = len(ids)
+    mask = [False] * prompt_length
+    for i, piece in enumerate(trained):
+        read = piece.read if i else []
+        ids += [*read, *piece.answer]
+        mask += [False] * len(read) + [True] * len(piece.answer)
+    return Example(ids, mask, prompt_length)
+
+
 def _example(prompt: list[int], segments: Sequence[tuple[list[int], bool]], eos_id: int) -> Example:
     ids, mask = list(prompt), [False] * len(prompt)
     for segment, trained in segments:
@@ -221,13 +309,16 @@ def _example(prompt: list[int], segments: Sequence[tuple[list[int], bool]], eos_
 
 
 def _fit(
-    lines: Sequence[int], rows: Sequence[tuple[Example, ...]], *, max_length: int, overlong: Overlong
+    lines: Sequence[int], rows: Sequence[tuple[Example, ...] | str], *, max_length: int, overlong: Overlong
 ) -> Tokenised[tuple[Example, ...]]:
-    """Holds every side of every row to max_length, and drops rows that can teach nothing."""
+    """Holds every side of every row to max_length, and drops rows that can teach nothing or have a reason."""
     if overlong not in get_args(Overlong):
         raise ValueError(f"expected overlong to be one of {get_args(Overlong)}, got {overlong!r}")
     examples, kept, dropped, truncated = [], [], [], []
     for i, (line, sides) in enumerate(zip(lines, rows, strict=True)):
+        if isinstance(sides, str):
+            dropped.append((line, sides))
+            continue
         why, longest = _flaw(sides), max(len(side.ids) for side in sides)
         if why is None and longest > max_length:
             _refuse_if_error(line, longest, overlong=overlong, max_length=max_length)
@@ -240,13 +331,7 @@ def _fit(
             kept.append(i)
         else:
             dropped.append((line, why))
-    return _some_left(Tokenised(examples, kept, Report(len(rows), dropped, truncated)))
-
-
-def _some_left(tokenised: Tokenised[T]) -> Tokenised[T]:
-    if tokenised.report.total and not tokenised.examples:
-        raise InputError(f"expected at least one row that can be used, found none: {tokenised.report}")
-    return tokenised
+    return Tokenised(examples, kept, Report(len(rows), dropped, truncated))
 
 
 def _too_long(max_length: int) -> str:

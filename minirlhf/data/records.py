@@ -2,8 +2,10 @@
 
     file --readers--> Demonstration, Preference, Prompt --batches--> Example --collate--> Sequences, Pairs
 
-Text records know the line that they came from, so that every later complaint can name it. Token records know
-their lengths, so that no later code ever has to look for a padding id.
+Text records know the line that they came from, so that every later complaint can name it. Those of chats
+hold the chat twice: as a transcript, which is what people, rules and the split by prompt read, and as
+messages, which a checkpoint's own chat template renders. Token records know their lengths, so that no later
+code ever has to look for a padding id.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,23 +19,35 @@ RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any] | 
 """`reward(prompts, responses, facts) -> [B]`: a reward on text. It is a rule, a judge or a remote model."""
 
 
+class Message(NamedTuple):
+    """One turn of a chat: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Demonstration:
-    """A text to imitate: the prompt, then segments, each trained (an answer) or only read (a question)."""
+    """A text to imitate: the prompt, then segments, each trained (an answer) or only read (a question).
+
+    `messages` is the whole chat up to the last answer; of its k trained segments, the last k assistant turns.
+    """
 
     prompt: str
     segments: tuple[tuple[str, bool], ...]
     line: int
+    messages: tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, of which somebody preferred the first."""
+    """Two responses to one prompt, of which somebody preferred the first; `messages` are the prompt's."""
 
     prompt: str
     chosen: str
     rejected: str
     line: int
+    messages: tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Prompt:
     prompt: str
     facts: dict[str, Any] | None
     line: int
+    messages: tuple[Message, ...] | None = None
 
 
 class Example(NamedTuple):

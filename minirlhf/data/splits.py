@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from minirlhf.data.records import Demonstration, Preference, Prompt
 from minirlhf.runs import InputError
 
@@ -42,32 +44,42 @@ def split_by_prompt(rows: Sequence[Row], *, fractions: tuple[float, float, float
         ValueError: the fractions are negative or do not sum to 1.
         InputError: there are fewer unique prompts than splits to fill.
     """
-    if len(fractions) != 3 or not all(f >= 0 for f in fractions) or not math.isclose(sum(fractions), 1):
-        raise ValueError(f"expected three fractions >= 0 that sum to 1, got {fractions}")
-    prompts = sorted({row.prompt for row in rows}, key=lambda prompt: _position(prompt, seed))
-    wanted = sum(f > 0 for f in fractions)
-    if len(prompts) < wanted:
-        raise InputError(f"expected at least {wanted} different prompts to split, found {len(prompts)}")
-    first, second = _cuts([_position(prompt, seed) for prompt in prompts], fractions)
-    split_of = {prompt: (i >= first) + (i >= second) for i, prompt in enumerate(prompts)}
+    positions = [position(row.prompt, seed=seed) for row in rows]
+    second, third = boundaries(positions, fractions=fractions)
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for row in rows:
-        parts[split_of[row.prompt]].append(row)
+    for row, at in zip(rows, positions, strict=True):
+        parts[(at >= second) + (at >= third)].append(row)
     return Splits(*parts)
 
 
-def _position(prompt: str, seed: int) -> float:
+def position(prompt: str, *, seed: int) -> float:
     """A number in [0, 1) that looks uniform and depends on nothing but its arguments."""
     digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _cuts(positions: list[float], fractions: tuple[float, float, float]) -> tuple[int, int]:
-    """Where the second and the third split begin among the sorted positions; each wanted split gets one."""
-    least = [int(f > 0) for f in fractions]
-    n = len(positions)
-    first = sum(p < fractions[0] for p in positions)
-    second = sum(p < 1 - fractions[2] for p in positions)
+def boundaries(
+    positions: Sequence[float] | np.ndarray, *, fractions: tuple[float, float, float]
+) -> tuple[float, float]:
+    """Where the second and the third split begin: a prompt at or above has left the split before.
+
+    Args:
+        positions: of the prompts of all rows, repeated where a prompt is.
+        fractions: as for `split_by_prompt`, which also says what is raised.
+
+    >>> boundaries([0.1, 0.2, 0.8, 0.95], fractions=(0.5, 0.4, 0.1))
+    (0.8, 0.95)
+    """
+    if len(fractions) != 3 or not all(f >= 0 for f in fractions) or not math.isclose(sum(fractions), 1):
+        raise ValueError(f"expected three fractions >= 0 that sum to 1, got {fractions}")
+    prompts = np.unique(np.asarray(positions, dtype=np.float64))  # sorted
+    least, n = [int(f > 0) for f in fractions], len(prompts)
+    if n < sum(least):
+        raise InputError(f"expected at least {sum(least)} different prompts to split, found {n}")
+    # Each wanted split is given one prompt where the fractions alone would leave it empty.
+    first = int((prompts < fractions[0]).sum())
     first = min(max(first, least[0]), n - least[1] - least[2])
+    second = int((prompts < 1 - fractions[2]).sum())
     second = min(max(second, first + least[1]), n - least[2])
-    return first, second
+    second_begins, third_begins = (float(prompts[i]) if i < n else math.inf for i in (first, second))
+    return second_begins, third_begins

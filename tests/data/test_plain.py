@@ -1,5 +1,6 @@
 """Plain text for pretraining."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def test_every_token_but_the_first_is_trained_and_eos_ends_the_text() -> None:
     assert example.ids == [1, 2, 3, 0]
     assert example.mask == [False, True, True, True]
     assert example.prompt_length == 1
+
+
+def test_a_bos_stands_once_in_front_of_a_text_and_is_only_read() -> None:
+    (example,) = tokenise_texts([[("abc", True)]], replace(letters(), bos_id=8), max_length=8)
+    assert example.ids == [8, 1, 2, 3, 0]
+    assert example.mask == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 9])
@@ -61,13 +68,13 @@ def test_a_row_without_text_is_named_by_file_and_line(tmp_path: Path, row: str, 
     file = tmp_path / "plain.jsonl"
     file.write_text('{"text": "good"}\n' + row + "\n")
     with pytest.raises(InputError, match=f"plain.jsonl:2: .*{found}"):
-        read_texts(file)
+        list(read_texts(file))
 
 
 def test_texts_come_back_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "plain.jsonl"
     file.write_text('{"text": " a\\n"}\n{"text": "b"}\n')
-    assert read_texts(file) == [[(" a\n", True)], [("b", True)]]
+    assert list(read_texts(file)) == [[(" a\n", True)], [("b", True)]]
 
 
 def test_only_the_spans_that_say_so_are_trained() -> None:
@@ -92,4 +99,4 @@ def test_a_window_in_which_nothing_is_trained_is_left_out() -> None:
 def test_spans_come_back_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "plain.jsonl"
     file.write_text('{"spans": [["a", false], ["b", true]]}\n{"text": "c"}\n')
-    assert read_texts(file) == [[("a", False), ("b", True)], [("c", True)]]
+    assert list(read_texts(file)) == [[("a", False), ("b", True)], [("c", True)]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minirlhf.data.formats import ASSISTANT, HUMAN, parse_transcripts
 from minirlhf.data.jsonl import Line
 from minirlhf.data.readers import describe_dropped, read_demonstrations, read_preferences, read_prompts
-from minirlhf.data.records import Demonstration, Preference, Prompt
+from minirlhf.data.records import Demonstration, Message, Preference, Prompt
 from minirlhf.runs import InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -44,7 +44,8 @@ def test_the_common_prefix_up_to_the_last_assistant_turn_is_the_prompt(jsonl):
         jsonl({"chosen": head + " same, then yes", "rejected": head + " same, then no"})
     )
     # The shared beginning of the responses stays in the responses, with the space before it.
-    assert loaded.rows == [Preference(head, " same, then yes", " same, then no", 1)]
+    turns = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"))
+    assert loaded.rows == [Preference(head, " same, then yes", " same, then no", 1, turns)]
     assert r"the common prefix up to the last \n\nAssistant: is the prompt" in loaded.decision
 
 
@@ -64,7 +65,7 @@ def test_prompt_and_response_of_a_transcript_join_to_the_transcript(head, chosen
         assert chosen == rejected or HUMAN in chosen + rejected
 
 
-START = f"{HUMAN} hi{ASSISTANT}"
+START, ASKED = f"{HUMAN} hi{ASSISTANT}", (Message("user", "hi"),)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,8 @@ def test_sft_takes_the_chosen_responses_of_preference_files(jsonl):
     explicit = read_demonstrations(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"}))
     assert explicit.rows == [Demonstration("p", (("c", True),), 1)]
     implicit = read_demonstrations(jsonl({"chosen": START + " c", "rejected": START + " r"}))
-    assert implicit.rows == [Demonstration(START, ((" c", True),), 1)]
+    answered = (Message("user", "hi"), Message("assistant", "c"))
+    assert implicit.rows == [Demonstration(START, ((" c", True),), 1, answered)]
 
 
 def test_prompts_carry_their_facts_and_come_from_any_format(jsonl):
@@ -185,9 +187,11 @@ def test_prompts_carry_their_facts_and_come_from_any_format(jsonl):
     assert loaded.rows == [Prompt("p", facts, 1), Prompt("q", None, 2), Prompt("r", None, 3)]
     assert read_prompts(jsonl({"prompt": "p", "completion": "c"})).rows == [Prompt("p", None, 1)]
     assert read_prompts(jsonl({"chosen": START + " c", "rejected": START + " r"})).rows == [
-        Prompt(START, None, 1)
+        Prompt(START, None, 1, ASKED)
     ]
-    assert read_prompts(jsonl(chat(("user", "hi"), ("assistant", "b")))).rows == [Prompt(START, None, 1)]
+    assert read_prompts(jsonl(chat(("user", "hi"), ("assistant", "b")))).rows == [
+        Prompt(START, None, 1, ASKED)
+    ]
 
 
 def test_the_decision_says_what_decided_and_what_is_ignored(jsonl):
@@ -212,7 +216,9 @@ def test_unknown_columns_are_answered_with_the_known_ones(jsonl):
     with pytest.raises(InputError) as raised:
         read_preferences(path)
     assert str(raised.value) == (
-        f'{path}:1: expected {{"prompt", "chosen", "rejected"}} or {{"chosen", "rejected"}}, '
+        f'{path}:1: expected {{"prompt", "chosen", "rejected"}} or {{"chosen", "rejected"}} or '
+        '{"conversations", "chosen", "rejected"} or {"prompt"} or '
+        '{"message_id", "parent_id", "role", "text"}, '
         'found {"question", "new\\nline"}'
     )
 
@@ -225,17 +231,11 @@ def test_unknown_columns_are_answered_with_the_known_ones(jsonl):
             {"prompt": "p", "completion": 3},
             '"completion" to be a string, found a number',
         ),
-        (read_demonstrations, {"prompt": None, "completion": "c"}, '"prompt" to be a string, found null'),
         (read_demonstrations, {"prompt": "\ud800", "completion": "c"}, "found half a surrogate pair in it"),
         (
             read_preferences,
-            {"prompt": "p", "chosen": [], "rejected": "r"},
-            '"chosen" to be a string, found a list',
-        ),
-        (
-            read_preferences,
-            {"chosen": "c", "rejected": "r"},
-            "transcript with an 'Assistant:' turn, found no such",
+            {"prompt": "p", "chosen": "c", "rejected": 3},
+            '"rejected" to be a string, found a number',
         ),
         (read_demonstrations, {"messages": []}, '"messages" to be a list of objects, found an empty list'),
         (read_demonstrations, {"messages": "hi"}, '"messages" to be a list of objects, found a string'),
@@ -249,7 +249,7 @@ def test_unknown_columns_are_answered_with_the_known_ones(jsonl):
             {"messages": [{"role": "user"}]},
             '"content" of message 0 to be a string, found no such',
         ),
-        (read_demonstrations, chat(("tool", "x")), '"role" of message 0 in .*, found another role'),
+        (read_demonstrations, chat(("narrator", "x")), '"role" of message 0 in .*, found another role'),
         (
             read_demonstrations,
             {"instruction": "i", "output": "o", "input": 1},
@@ -257,8 +257,8 @@ def test_unknown_columns_are_answered_with_the_known_ones(jsonl):
         ),
         (
             read_demonstrations,
-            {"instruction": "i", "instances": [{"input": "", "output": None}]},
-            '"output" of instance 0 to be a string, found null',
+            {"instruction": "i", "instances": [{"input": "", "output": 1}]},
+            '"output" of instance 0 to be a string, found a number',
         ),
         (read_prompts, {"prompt": "p", "facts": [1]}, '"facts" to be an object or null, found a list'),
     ],

@@ -104,7 +104,7 @@ def test_names_items_and_numbers_are_single_tokens_and_text_comes_back(fair: Wor
 
 
 def test_half_of_the_texts_are_answers_and_half_are_proofread(fair: WorldFiles) -> None:
-    texts = read_texts(fair.texts)
+    texts = list(read_texts(fair.texts))
     assert all([trained for _, trained in spans] == [False, True] for spans in texts)
     marked = sum(bool(re.search(r" (ok|wrong)\b", spans[1][0])) for spans in texts) / len(texts)
     assert marked == pytest.approx(0.5, abs=0.06)
