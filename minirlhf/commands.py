@@ -5,11 +5,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
-
-import tyro
+from typing import Literal, Protocol
 
 from minirlhf import pipeline
+from minirlhf.commands_models import Flat, Import, Model
 from minirlhf.data import world_files
 from minirlhf.data.world_files import WorldConfig
 from minirlhf.evaluation.compare import EvaluationConfig
@@ -19,11 +18,12 @@ from minirlhf.runs import InputError, atomic_directory
 from minirlhf.training import stages
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
-from minirlhf.training.group_rewards import the_one_reward
+from minirlhf.training.http_reward import RemoteConfig
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
-from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting, ShapeConfig
+from minirlhf.training.reward_sources import open_reward, the_one_reward
+from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting
 from minirlhf.training.sft import SFTConfig
 from minirlhf.training.workspace import refuse_existing
 from minirlhf.verify.command import Verify
@@ -31,8 +31,6 @@ from minirlhf.verify.command import Verify
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Estimator = Literal["rloo", "group-normalised"]
 ESTIMATORS = {objective.name: objective for objective in (RLOO, GROUP_NORMALISED)}
-Config = TypeVar("Config")
-Flat = Annotated[Config, tyro.conf.arg(name="")]  # `--learning-rate`, not `--settings.learning-rate`
 
 
 class Command(Protocol):
@@ -73,25 +71,41 @@ class Run:
     out: Path = Path("runs/demo")
     """Run directory to write; must not exist, or be empty."""
     model: Path | None = None
-    """Directory of the model to align; left out, a small one is pretrained on the embedded world."""
+    """The model to align: a directory, a .gguf file or a hub name (NAME, NAME@REVISION). Left out, a
+    small one is pretrained on the embedded world."""
     preferences: Path | None = None
     """Real preferences (.jsonl, .jsonl.gz); SFT takes the chosen responses. Goes with --model."""
+    reward: str | None = None
+    """SOURCE of an existing reward, instead of training a reward model: a reward model's directory or name,
+    module:function, or http(s)://host/path. Goes with --model."""
+    judge: str | None = None
+    """SOURCE of an existing judge, instead of training a second reward model. Goes with --model."""
     config: Path | None = None
     """A TOML file as every run leaves one (RUN/config.toml); flags override it."""
     device: Device = "auto"
     """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
     max_steps: int | None = None
     """Most optimiser steps of each stage (PPO, group: iterations); None for the recipe's own numbers."""
+    remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
     recipe: Flat[RunConfig] = field(default_factory=demo)
 
     def run(self) -> None:
         """Runs the stages in order; the last thing printed is the table."""
         if (self.model is None) != (self.preferences is None):
             raise InputError("--model and --preferences go together: real data needs both")
+        if self.model is None and (self.reward is not None or self.judge is not None):
+            raise InputError("--reward and --judge go with --model: the embedded world has its own")
         config = bounded(self.recipe, self.max_steps)
         if self.model is not None and self.preferences is not None:
             pipeline.run_real(
-                self.out, config, model=self.model, preferences=self.preferences, device=self.device
+                self.out,
+                config,
+                model=self.model,
+                preferences=self.preferences,
+                device=self.device,
+                reward=self.reward,
+                judge=self.judge,
+                remote=self.remote,
             )
         else:
             pipeline.run_world(self.out, config, device=self.device)
@@ -118,30 +132,11 @@ class World:
 
 
 @dataclass(frozen=True)
-class Model:
-    """Makes a GPT-2 directory with random weights, by GPT-2's own recipe."""
-
-    tokenizer: Path
-    """tokenizer.json, or a directory that holds one; gives the vocabulary."""
-    out: Path
-    """Directory to write; must not exist, or be empty."""
-    config: Path | None = None
-    """A TOML file as every run leaves one (RUN/config.toml); flags override it."""
-    seed: int = 0
-    """Of the weights."""
-    shape: Flat[ShapeConfig] = field(default_factory=lambda: demo().shape)
-
-    def run(self) -> None:
-        """Writes it and says its size."""
-        print(stages.new_model(self.tokenizer, self.out, shape=self.shape, seed=self.seed))
-
-
-@dataclass(frozen=True)
 class Pretrain(Common):
     """Trains a model on plain text, every token of it: {"text"} rows."""
 
     policy: Path = field(kw_only=True)
-    """Directory of the model to start from."""
+    """The model to start from: a directory, a .gguf file or a hub name."""
     data: Path = field(kw_only=True)
     """Text rows (.jsonl, .jsonl.gz)."""
     base: Flat[SFTConfig] = field(default_factory=SFTConfig)
@@ -156,7 +151,7 @@ class SFT(Common):
     """Supervised fine-tuning: the policy learns to imitate demonstrations; prompts are read, not learned."""
 
     policy: Path = field(kw_only=True)
-    """Directory of the model to start from."""
+    """The model to start from: a directory, a .gguf file or a hub name."""
     data: Path = field(kw_only=True)
     """Demonstrations, or preferences whose chosen responses are imitated (.jsonl, .jsonl.gz)."""
     sft: Flat[SFTConfig] = field(default_factory=SFTConfig)
@@ -171,7 +166,7 @@ class Reward(Common):
     """A Bradley-Terry reward model from the SFT model, normalised on the SFT model's own responses."""
 
     policy: Path = field(kw_only=True)
-    """Directory of the SFT model: the backbone, and what the scores are normalised on."""
+    """The SFT model (directory, .gguf, hub name): the backbone, and what the scores are normalised on."""
     data: Path = field(kw_only=True)
     """Preferences (.jsonl, .jsonl.gz)."""
     probe: Path | None = None
@@ -193,19 +188,33 @@ class Reward(Common):
 
 
 @dataclass(frozen=True)
-class PPO(Common):
-    """PPO with KL control: the policy learns what the reward model prefers, near the reference."""
+class OnPolicy(Common):
+    """What PPO and groups take."""
 
     policy: Path = field(kw_only=True)
-    """Directory of the model to train, usually the SFT model."""
-    reward_model: Path = field(kw_only=True)
-    """Directory of the reward model; the critic starts from it."""
+    """The model to train, usually the SFT model: a directory, a .gguf file or a hub name."""
     data: Path = field(kw_only=True)
     """Prompts: any of the known formats (.jsonl, .jsonl.gz)."""
+    reward_model: Path | None = None
+    """Directory of the reward model; this or --reward, which takes it, too."""
+    reward: str | None = None
+    """SOURCE of the reward: a reward model's directory or name; module:function, a rule (prompts, responses,
+    facts) -> tensor [B], higher is better, such as one that checks the answer (modules in the working
+    directory are found); or http(s)://host/path."""
     reference: Path | None = None
-    """Directory of the model to stay near; left out, the policy as it starts."""
+    """The model to stay near (directory, .gguf, hub name); left out, the policy as it starts."""
     max_steps: int | None = None
     """Most iterations, whatever the other settings say; None: no bound."""
+    remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
+
+
+@dataclass(frozen=True)
+class PPO(OnPolicy):
+    """PPO with KL control: the policy learns what the reward prefers, near the reference.
+
+    The critic starts from a reward model of the policy's shape and tokenizer, else from the policy itself.
+    """
+
     ppo: Flat[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self) -> None:
@@ -213,7 +222,7 @@ class PPO(Common):
         stages.ppo(
             self.policy,
             self.reference or self.policy,
-            self.reward_model,
+            the_one_reward(self.reward_model, self.reward, self.setting, remote=self.remote),
             self.data,
             self.out,
             config=bounded(self.ppo, self.max_steps),
@@ -222,25 +231,12 @@ class PPO(Common):
 
 
 @dataclass(frozen=True)
-class Group(Common):
+class Group(OnPolicy):
     """Several samples per prompt, each judged by the others: policy gradient without a critic."""
 
-    policy: Path = field(kw_only=True)
-    """Directory of the model to train, usually the SFT model."""
-    data: Path = field(kw_only=True)
-    """Prompts: any of the known formats (.jsonl, .jsonl.gz)."""
-    reward_model: Path | None = None
-    """Directory of the reward model; this or --reward."""
-    reward: str | None = None
-    """module:function, a rule (prompts, responses, facts) -> tensor [B], higher is better, such as one that
-    checks the answer; modules in the working directory are found. This or --reward-model."""
     estimator: Estimator = "rloo"
     """Advantage of a response over its group: rloo, less the mean of the others; group-normalised, less the
     mean of all, over their standard deviation."""
-    reference: Path | None = None
-    """Directory of the model to stay near; left out, the policy as it starts."""
-    max_steps: int | None = None
-    """Most iterations, whatever the other settings say; None: no bound."""
     group: Flat[GroupConfig] = field(default_factory=GroupConfig)
 
     def run(self) -> None:
@@ -248,7 +244,7 @@ class Group(Common):
         stages.group(
             self.policy,
             self.reference or self.policy,
-            the_one_reward(self.reward_model, self.reward, self.setting),
+            the_one_reward(self.reward_model, self.reward, self.setting, remote=self.remote),
             self.data,
             self.out,
             config=bounded(self.group, self.max_steps),
@@ -263,11 +259,11 @@ class Preference(Common):
     """What DPO and IPO take."""
 
     policy: Path = field(kw_only=True)
-    """Directory of the model to train, usually the SFT model."""
+    """The model to train, usually the SFT model: a directory, a .gguf file or a hub name."""
     data: Path = field(kw_only=True)
     """Preferences (.jsonl, .jsonl.gz)."""
     reference: Path | None = None
-    """Directory of the reference; left out, the policy as it starts."""
+    """The reference (directory, .gguf, hub name); left out, the policy as it starts."""
 
 
 @dataclass(frozen=True)
@@ -311,17 +307,20 @@ class Evaluate:
     """Compares policies with the SFT model on the same held-out prompts: win rate, reward, KL, verdict."""
 
     policy: tuple[str, ...]
-    """Directories of the policies, each as DIR or NAME=DIR."""
+    """The policies, each as MODEL or LABEL=MODEL; a MODEL is a directory, a .gguf file or a hub name."""
     reference: Path
-    """Directory of the SFT model: the other side of every comparison."""
-    reward_model: Path
-    """Directory of the reward model that the policies were trained against: the proxy."""
+    """The SFT model (directory, .gguf, hub name): the other side of every comparison."""
     data: Path
     """Prompts: any of the known formats (.jsonl, .jsonl.gz); the test share of them is used."""
     out: Path
     """Directory to write; must not exist, or be empty."""
-    judge: Path | None = None
-    """Directory of a second reward model that judges; left out, the embedded world's gold judge does."""
+    reward_model: Path | None = None
+    """Directory of the reward model that the policies were trained against: the proxy. Or --reward."""
+    reward: str | None = None
+    """SOURCE of the proxy: a reward model's directory or name, module:function, or http(s)://host/path.
+    Without one the table has no score, and no word on hacking."""
+    judge: str | None = None
+    """SOURCE of the judge, likewise; left out, the embedded world's gold judge."""
     config: Path | None = None
     """A TOML file as every run leaves one (RUN/config.toml); flags override it."""
     seed: int = 0
@@ -329,6 +328,7 @@ class Evaluate:
     device: Device = "auto"
     """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
     reading: Flat[ReadingConfig] = field(default_factory=ReadingConfig)
+    remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
     evaluation: Flat[EvaluationConfig] = field(default_factory=EvaluationConfig)
 
     def run(self) -> None:
@@ -338,15 +338,21 @@ class Evaluate:
             name, equals, directory = entry.partition("=")
             path = Path(directory if equals else entry)
             policies[name if equals else path.name] = path
+        setting = Setting(self.seed, self.device, self.reading)
+        proxy, judge = None, None
+        if self.reward is not None or self.reward_model is not None:
+            proxy = the_one_reward(self.reward_model, self.reward, setting, remote=self.remote)
+        if self.judge is not None:
+            judge = open_reward(self.judge, setting, remote=self.remote)
         evaluate(
             policies,
             self.reference,
-            self.reward_model,
+            proxy,
             self.data,
             self.out,
-            judge=self.judge,
+            judge=judge,
             config=self.evaluation,
-            setting=Setting(self.seed, self.device, self.reading),
+            setting=setting,
         )
 
 
@@ -354,6 +360,7 @@ COMMANDS: dict[str, type[Command]] = {
     "run": Run,
     "world": World,
     "model": Model,
+    "import": Import,
     "pretrain": Pretrain,
     "sft": SFT,
     "reward": Reward,

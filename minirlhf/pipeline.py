@@ -18,10 +18,13 @@ from pathlib import Path
 from rich.console import Console
 
 from minirlhf.data import world_files
-from minirlhf.data.readers import describe_dropped, read_preferences
-from minirlhf.data.records import Preference
+from minirlhf.data.conversation import demonstration_of, prompt_of
+from minirlhf.data.readers import describe_dropped, read_preferences, row_of
+from minirlhf.data.records import Demonstration, Preference, Prompt
+from minirlhf.data.source import fingerprint
 from minirlhf.data.splits import split_by_prompt
 from minirlhf.evaluation.stage import evaluate
+from minirlhf.models.sources import resolve_model
 from minirlhf.recipes import RunConfig
 from minirlhf.runs import (
     InputError,
@@ -36,7 +39,8 @@ from minirlhf.runs import (
 from minirlhf.training import stages
 from minirlhf.training.device import resolve
 from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
-from minirlhf.training.group_rewards import of_reward_model
+from minirlhf.training.http_reward import RemoteConfig
+from minirlhf.training.reward_sources import Reward, of_reward_model, open_reward
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import load_policy, refuse_existing
 
@@ -48,6 +52,10 @@ _GROUPS = {"group": RLOO, "group-normalised": GROUP_NORMALISED}
 
 def run_world(out: Path, config: RunConfig, *, device: str) -> None:
     """The whole pipeline on the embedded world."""
+    if config.reading.format != "auto":
+        raise InputError(
+            f"--format {config.reading.format}: expected no format, the world writes its own rows"
+        )
     run = RunLayout(out)
 
     def write_data(folder: Path) -> None:
@@ -68,52 +76,61 @@ def run_world(out: Path, config: RunConfig, *, device: str) -> None:
         bayes = world_files.bayes_accuracy(
             run.data / "preferences.jsonl", surface_bias=config.world.surface_bias
         )
-        _align(run, base, config, setting, bayes_accuracy=bayes)
-        _evaluate(run, config, setting, judge=None)
+        reward = _align(run, base, config, setting, bayes_accuracy=bayes)
+        _evaluate(run, config, setting, reward=reward, judge=None)
 
 
-def run_real(out: Path, config: RunConfig, *, model: Path, preferences: Path, device: str) -> None:
-    """The whole pipeline on a user's model and preferences."""
-    run = RunLayout(out)
+def run_real(
+    out: Path,
+    config: RunConfig,
+    *,
+    model: Path,
+    preferences: Path,
+    device: str,
+    reward: str | None = None,
+    judge: str | None = None,
+    remote: RemoteConfig | None = None,
+) -> None:
+    """The whole pipeline on a user's model (a directory, a GGUF file or a hub name) and preferences.
+
+    Args:
+        reward, judge: sources (`reward_sources`) to use instead of training a reward model, or a second one.
+        remote: how they are asked, where they are endpoints.
+    """
+    refuse_existing(out)
+    run, model = RunLayout(out), resolve_model(model)
+    early = Setting(config.seed, device, config.reading)  # what is wrong with these is said now
+    given, judging = (
+        None if source is None else open_reward(source, early, remote=remote) for source in (reward, judge)
+    )
 
     def write_data(folder: Path) -> None:
-        load_policy(model, Setting(config.seed, device, config.reading))  # fails now, not after the data
-        _split_preferences(preferences, folder, config)
+        load_policy(model, early)  # fails now, not after the data
+        _split_preferences(preferences, folder, config, judge_share=JUDGE_SHARE if judging is None else 0.0)
 
     sources = {"model": model, "preferences": preferences}
     with _open_run(run, config, device, write_data, sources=sources) as setting:
-        _align(run, model, config, setting)
-        _announce("the judge: a second reward model, on pairs that no policy has seen")
-        stages.reward(
-            run.model("sft"),
-            run.data / "judge_preferences.jsonl",
-            run.model("judge"),
-            config=config.reward,
-            normalise=config.normalise,
-            setting=setting._replace(seed=seed_for(setting, "judge")),
-        )
-        _evaluate(run, config, setting, judge=run.model("judge"))
+        trained_on = _align(run, model, config, setting, reward=given)
+        if judging is None:
+            judging = _train_judge(run, config, setting)
+        _evaluate(run, config, setting, reward=trained_on, judge=judging)
 
 
 def _align(
-    run: RunLayout, base: Path, config: RunConfig, setting: Setting, *, bayes_accuracy: float | None = None
-) -> None:
-    """SFT, reward model, and every policy that the config asks for."""
-    data, sft, reward = run.data, run.model("sft"), run.model("reward")
+    run: RunLayout,
+    base: Path,
+    config: RunConfig,
+    setting: Setting,
+    *,
+    reward: Reward | None = None,
+    bayes_accuracy: float | None = None,
+) -> Reward:
+    """SFT, a reward model unless there is a reward, and every policy that the config asks for; the reward."""
+    data, sft = run.data, run.model("sft")
     _announce("SFT")
     stages.sft(base, data / "demonstrations.jsonl", sft, config=config.sft, setting=setting)
-    _announce("reward model")
-    probe = data / "probe.jsonl"
-    accuracies = stages.reward(
-        sft,
-        data / "preferences.jsonl",
-        reward,
-        config=config.reward,
-        normalise=config.normalise,
-        setting=setting,
-        probe=probe if probe.exists() else None,
-    )
-    _tell_accuracies(accuracies, bayes_accuracy)
+    if reward is None:
+        reward = _train_reward(run, config, setting, bayes_accuracy)
     prompts = data / "prompts.jsonl"
     for policy in config.policies:
         _announce(policy)
@@ -123,20 +140,53 @@ def _align(
         elif policy == "ipo":
             stages.ipo(sft, sft, data / "preferences.jsonl", out, config=config.ipo, setting=setting)
         elif policy in _GROUPS:
-            judge, objective = of_reward_model(reward, setting), _GROUPS[policy]
-            groups = partial(stages.group, config=config.group, objective=objective, name=policy)
-            groups(sft, sft, judge, prompts, out, setting=setting)
+            groups = partial(stages.group, config=config.group, objective=_GROUPS[policy], name=policy)
+            groups(sft, sft, reward, prompts, out, setting=setting)
         else:
             ppo = config.ppo if policy == "ppo" else dataclasses.replace(config.ppo, kl_coefficient=0.0)
             stages.ppo(sft, sft, reward, prompts, out, config=ppo, setting=setting, name=policy)
+    return reward
 
 
-def _evaluate(run: RunLayout, config: RunConfig, setting: Setting, *, judge: Path | None) -> None:
+def _train_reward(
+    run: RunLayout, config: RunConfig, setting: Setting, bayes_accuracy: float | None
+) -> Reward:
+    _announce("reward model")
+    probe = run.data / "probe.jsonl"
+    accuracies = stages.reward(
+        run.model("sft"),
+        run.data / "preferences.jsonl",
+        run.model("reward"),
+        config=config.reward,
+        normalise=config.normalise,
+        setting=setting,
+        probe=probe if probe.exists() else None,
+    )
+    _tell_accuracies(accuracies, bayes_accuracy)
+    return of_reward_model(run.model("reward"), setting)
+
+
+def _train_judge(run: RunLayout, config: RunConfig, setting: Setting) -> Reward:
+    _announce("the judge: a second reward model, on pairs that no policy has seen")
+    stages.reward(
+        run.model("sft"),
+        run.data / "judge_preferences.jsonl",
+        run.model("judge"),
+        config=config.reward,
+        normalise=config.normalise,
+        setting=setting._replace(seed=seed_for(setting, "judge")),
+    )
+    return of_reward_model(run.model("judge"), setting)
+
+
+def _evaluate(
+    run: RunLayout, config: RunConfig, setting: Setting, *, reward: Reward, judge: Reward | None
+) -> None:
     _announce("evaluation: the same held-out prompts for every policy")
     evaluate(
         {policy: run.model(policy) for policy in config.policies},
         run.model("sft"),
-        run.model("reward"),
+        reward,
         run.data / "prompts.jsonl",
         run.evaluation,
         judge=judge,
@@ -160,29 +210,25 @@ def _tell_accuracies(metrics: dict[str, float], bayes_accuracy: float | None) ->
     print(f"accuracy on {metrics['test/pairs']:.0f} test pairs: {', '.join(told)}")
 
 
-def _split_preferences(preferences: Path, folder: Path, config: RunConfig) -> None:
+def _split_preferences(preferences: Path, folder: Path, config: RunConfig, *, judge_share: float) -> None:
     """Cuts real pairs by prompt into the policies' and the judge's, and writes the run's files."""
-    loaded = read_preferences(preferences, strict=config.reading.strict)
+    loaded = read_preferences(preferences, strict=config.reading.strict, format=config.reading.format)
     print(loaded.decision)
     print(describe_dropped(loaded.dropped, total=len(loaded.rows) + len(loaded.dropped)))
-    fractions = (1 - JUDGE_SHARE, 0.0, JUDGE_SHARE)
+    fractions = (1 - judge_share, 0.0, judge_share)
     # Another seed than the stages' own cut, or the judge's prompts would all lie in one of their splits.
     ours, _, judges = split_by_prompt(loaded.rows, fractions=fractions, seed=config.reading.split_seed + 1)
-    _write_rows(folder / "preferences.jsonl", map(_pair, ours))
-    _write_rows(folder / "judge_preferences.jsonl", map(_pair, judges))
-    _write_rows(
-        folder / "demonstrations.jsonl", ({"prompt": row.prompt, "completion": row.chosen} for row in ours)
-    )
-    _write_rows(folder / "prompts.jsonl", ({"prompt": row.prompt} for row in ours))
+    _write_rows(folder / "preferences.jsonl", ours)
+    if judges:
+        _write_rows(folder / "judge_preferences.jsonl", judges)
+    _write_rows(folder / "demonstrations.jsonl", map(demonstration_of, ours))
+    _write_rows(folder / "prompts.jsonl", map(prompt_of, ours))
     print(f"{preferences}: {len(ours)} pairs to learn from, {len(judges)} of other prompts for the judge")
 
 
-def _pair(row: Preference) -> dict[str, str]:
-    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_rows(path: Path, records: Iterable[Demonstration | Preference | Prompt]) -> None:
+    rows = (json.dumps(row_of(record), ensure_ascii=False) for record in records)
+    write_text_atomic(path, "".join(row + "\n" for row in rows))
 
 
 @contextmanager
@@ -206,12 +252,17 @@ def _open_run(
         data.mkdir()
         write_data(data)
         write_text_atomic(RunLayout(folder).config, dump_config(config))
-    files = {path.name: path for path in sorted(run.data.iterdir()) if path.is_file()} | sources
+    files: dict[str, Path | dict[str, str]] = {
+        **{path.name: path for path in sorted(run.data.iterdir()) if path.is_file()},
+        **{name: fingerprint(source) for name, source in sources.items()},
+    }
     record = manifest(config, config.seed, files, {}, device=where)
     write_json_atomic(run.manifest, record)
     try:
         with MetricsWriter(run.metrics) as writer:
-            yield Setting(config.seed, device, config.reading, log=partial(_log, writer))
+            # The run's own files are in our own format, whatever the user's were in.
+            reading = dataclasses.replace(config.reading, format="auto")
+            yield Setting(config.seed, device, reading, log=partial(_log, writer))
     except InputError:
         if not any((run.root / name / "manifest.json").exists() for name in _models(run)):
             shutil.rmtree(run.root)

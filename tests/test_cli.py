@@ -428,7 +428,7 @@ def _mistakes(made: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
             ["ppo", *_replace(ppo, "--reward-model", made / "sft")],
             "expected a reward",
         ),
-        "no reward": (["group", *by_rule], "--reward-model DIR or --reward module:function, got neither"),
+        "no reward": (["group", *by_rule], "or --reward-model DIR, got neither"),
         "two rewards": (["group", *group, "--reward", "minirlhf.data.gold:gold_score"], "got both"),
         "no such rule": (
             ["group", *by_rule, "--reward", "minirlhf.data.gold:gold_scor"],

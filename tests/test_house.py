@@ -29,6 +29,7 @@ ORDER = [
     "evaluation",
     "recipes",
     "pipeline",
+    "commands_models",
     "commands",
     "cli",
     "__main__",

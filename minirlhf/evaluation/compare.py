@@ -24,7 +24,7 @@ from minirlhf.evaluation.statistics import (
     win_rate,
 )
 from minirlhf.evaluation.text import distinct_n, mean_length, repetition
-from minirlhf.evaluation.verdict import REFERENCE, Verdict, verdict
+from minirlhf.evaluation.verdict import REFERENCE, Verdict, judged_verdict, verdict
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import EOS, Rollout, generate, responses
@@ -67,14 +67,15 @@ class Answers(NamedTuple):
     """What one policy answered to P prompts, n times each, and what was said of it.
 
     texts, ids: [P][n], without the stop token. ended: bool [P, n], whether EOS ended it.
-    proxy: [P, n] normalised reward-model score. judged: [P, n] the judge's. components: {name: [P, n]}.
+    proxy: [P, n] the score that was trained on, None where no reward is named. judged: [P, n] the judge's.
+    components: {name: [P, n]}.
     kl: [P, k] nats per response to SFT, of temperature-1 responses.
     """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
     ended: Tensor
-    proxy: Tensor
+    proxy: Tensor | None
     judged: Tensor
     components: dict[str, Tensor]
     kl: Tensor
@@ -85,9 +86,10 @@ class Row:
     """One policy's line of the table. Gains are over SFT, paired by prompt; intervals are over prompts."""
 
     policy: str
-    score: Estimate
-    """Normalised reward-model score: 0 and 1 are mean and standard deviation of SFT responses."""
-    score_gain: Estimate
+    score: Estimate | None
+    """The reward that was trained on; of a reward model of ours, 0 and 1 are mean and standard deviation of
+    SFT responses. None where no reward is named."""
+    score_gain: Estimate | None
     win_rate: Estimate
     """Against SFT by the judge, ties one half."""
     detectable: float
@@ -132,7 +134,7 @@ def compare(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[str],
     *,
-    proxy: Scorer,
+    proxy: Scorer | None,
     judge: Judge,
     tokenizer: Decoder,
     config: EvaluationConfig,
@@ -146,7 +148,7 @@ def compare(
         sft: the reference of every comparison and of the KL.
         policies: parameters by name; "sft" is taken.
         prompts, texts: P prompts as ids and as text, in the order in which proxy and judge count them.
-        proxy: the reward model that the policies were trained on.
+        proxy: the reward that the policies were trained on; None leaves its column out of the table.
         judge: an independent one.
         seed: of the responses; the same seed gives the same table.
         say: told what is being done.
@@ -188,12 +190,12 @@ def row(name: str, answers: Answers, opponent: Answers) -> Row:
     """Every number of one policy's line, from raw answers alone."""
     every = [text for texts in answers.texts for text in texts]
     won = win_rate(answers.judged, opponent.judged)
-    gain = mean_difference(answers.proxy, opponent.proxy)
+    score, gain = _score(answers, opponent)
     detectable = detectable_win_rate_gain(answers.judged, opponent.judged)
     parts = answers.components
     return Row(
         policy=name,
-        score=mean_over_prompts(answers.proxy),
+        score=score,
         score_gain=gain,
         win_rate=won,
         detectable=detectable,
@@ -208,8 +210,21 @@ def row(name: str, answers: Answers, opponent: Answers) -> Row:
         judge_gain=mean_difference(answers.judged, opponent.judged),
         components={part: float(value.double().mean()) for part, value in parts.items()},
         component_gains={part: mean_difference(parts[part], opponent.components[part]) for part in parts},
-        verdict=REFERENCE if name == SFT else verdict(gain, won, detectable=detectable),
+        verdict=REFERENCE if name == SFT else _verdict(gain, won, detectable),
     )
+
+
+def _score(answers: Answers, opponent: Answers) -> tuple[Estimate | None, Estimate | None]:
+    """Mean score by the reward that was trained on, and its gain over SFT."""
+    if answers.proxy is None or opponent.proxy is None:
+        return None, None
+    return mean_over_prompts(answers.proxy), mean_difference(answers.proxy, opponent.proxy)
+
+
+def _verdict(gain: Estimate | None, won: Estimate, detectable: float) -> Verdict:
+    if gain is None:
+        return judged_verdict(won, detectable=detectable)
+    return verdict(gain, won, detectable=detectable)
 
 
 def _answers(
@@ -218,7 +233,7 @@ def _answers(
     params: Params,
     *,
     sft: Params,
-    proxy: Scorer,
+    proxy: Scorer | None,
     judge: Judge,
     tokenizer: Decoder,
     config: EvaluationConfig,
@@ -243,7 +258,7 @@ def _answers(
         texts=[[tokenizer.decode(one) for one in of_prompt] for of_prompt in ids],
         ids=ids,
         ended=table(rollout.stop_reason == EOS),
-        proxy=table(proxy(rollout, index)),
+        proxy=None if proxy is None else table(proxy(rollout, index)),
         judged=table(judge.score(rollout, index)),
         components={part: table(value) for part, value in judge.components(rollout, index).items()},
         kl=kl,

@@ -9,7 +9,10 @@ from minirlhf.data.records import RewardFn
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.sampler import Rollout, responses
+from minirlhf.training.prompt_rows import PromptRow
+from minirlhf.training.reward_sources import Reward
 from minirlhf.training.rewards import Decoder, Scorer, reward_model_scorer, text_scorer
+from minirlhf.training.workspace import Checkpoint
 
 TextComponents = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Mapping[str, Tensor]]
 """`components(prompts, responses, facts) -> {name: [B]}`: the parts that a gold score adds up."""
@@ -64,9 +67,22 @@ def reward_model_judge(
     name: str = "second reward model",
 ) -> Judge:
     """A reward model that was trained on other pairs than the policies' own; it reads the sampled ids."""
+    return Judge(name, reward_model_scorer(model, params, normalisation), _no_parts)
 
-    def parts(rollout: Rollout, prompt_index: Tensor) -> dict[str, Tensor]:
-        del rollout, prompt_index
-        return {}
 
-    return Judge(name, reward_model_scorer(model, params, normalisation), parts)
+def reward_judge(
+    reward: Reward, policy: Checkpoint, prompts: Sequence[PromptRow], *, max_response: int
+) -> Judge:
+    """Any reward as judge: a second reward model, a rule, an endpoint. Only the order of its scores counts.
+
+    Raises:
+        InputError: the reward cannot score responses to these prompts; see `reward_sources`.
+    """
+    model = reward.weights.get("reward_model")
+    name = reward.name if model is None else f"second reward model ({model.name})"
+    return Judge(name, reward.scorer(policy, prompts, max_response), _no_parts)
+
+
+def _no_parts(rollout: Rollout, prompt_index: Tensor) -> dict[str, Tensor]:
+    del rollout, prompt_index
+    return {}

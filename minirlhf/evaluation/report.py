@@ -23,7 +23,7 @@ from minirlhf.runs import atomic_directory, read_metrics, write_json_atomic, wri
 
 WIDTH = 100
 _CUT = " […]"
-_STYLES = {"improved": "bold green", "hacked": "bold red", "undecided": "yellow"}
+_STYLES = {"improved": "bold green", "hacked": "bold red", "worse": "bold red", "undecided": "yellow"}
 
 
 class Column(NamedTuple):
@@ -43,13 +43,15 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     if parts:
         meaning = f"{', '.join(part.head for part in parts)}: means of the parts of the judge's score"
         parts[0] = parts[0]._replace(meaning=meaning)
+    score = Column(
+        "score",
+        lambda row: "" if row.score is None else f"{row.score.mean:+.2f}",
+        "score: by the reward that was trained against; a reward model of ours gives SFT responses mean 0, "
+        "deviation 1",
+    )
     return [
         Column("policy", lambda row: row.policy, ""),
-        Column(
-            "score",
-            lambda row: f"{row.score.mean:+.2f}",
-            "score: by the reward model that was trained against; SFT responses have mean 0, deviation 1",
-        ),
+        *([score] if rows and rows[0].score is not None else []),
         Column(
             "win %",
             lambda row: row.win_rate.text(1, scale=100),
@@ -184,7 +186,7 @@ def sample_lines(comparison: Comparison) -> list[dict[str, Any]]:
             "response": answers.texts[p][i],
             "tokens": answers.ids[p][i],
             "ended": bool(answers.ended[p, i]),
-            "proxy": float(answers.proxy[p, i]),
+            "proxy": None if answers.proxy is None else float(answers.proxy[p, i]),
             "judged": float(answers.judged[p, i]),
             "components": {part: float(value[p, i]) for part, value in answers.components.items()},
             "kl": [float(kl) for kl in answers.kl[p]] if i == 0 else [],

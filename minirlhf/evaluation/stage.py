@@ -1,21 +1,21 @@
 """Evaluation as a user runs it: model directories and prompts in, one table and a report directory out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minirlhf.data import gold
 from minirlhf.data.records import Prompt
 from minirlhf.evaluation.compare import Comparison, EvaluationConfig, compare
-from minirlhf.evaluation.judges import Judge, gold_judge, reward_model_judge
+from minirlhf.evaluation.judges import Judge, gold_judge, reward_judge
 from minirlhf.evaluation.report import show_report, write_report
 from minirlhf.runs import InputError
 from minirlhf.training.inputs import read_test_prompts
-from minirlhf.training.rewards import reward_model_scorer
+from minirlhf.training.prompt_rows import PromptRow
+from minirlhf.training.reward_sources import Reward
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import (
     Checkpoint,
     load_policy,
-    load_reward_model,
     refuse_existing,
     require_same_model,
 )
@@ -24,11 +24,11 @@ from minirlhf.training.workspace import (
 def evaluate(
     policies: Mapping[str, Path],
     sft: Path,
-    reward_model: Path,
+    reward: Reward | None,
     data: Path,
     out: Path,
     *,
-    judge: Path | None,
+    judge: Reward | None,
     config: EvaluationConfig,
     setting: Setting,
     metrics: Path | None = None,
@@ -37,29 +37,33 @@ def evaluate(
 
     Args:
         policies: directories by the name of their row.
-        sft: the other side of every comparison. reward_model: what the policies were trained on.
+        sft: the other side of every comparison.
+        reward: what the policies were trained on; None leaves the score, and the word on hacking, out.
         data: prompts; those that the cut by prompt keeps for testing are used.
-        judge: a second reward model; None for the gold judge, which needs prompts with facts.
+        judge: another reward: a second reward model, a rule, an endpoint; None for the gold judge, which
+            needs prompts with facts.
         metrics: a run's metrics.jsonl, for the learning curves.
 
     Raises:
         InputError: a directory or file is missing or does not fit the others, or there is nobody to judge.
     """
     refuse_existing(out)
-    start, proxy = load_policy(sft, setting), load_reward_model(reward_model, setting)
+    start = load_policy(sft, setting)
     others = {name: load_policy(path, setting) for name, path in policies.items()}
-    for other in (proxy, *others.values()):
+    for other in others.values():
         require_same_model(start, other)
     ids, rows = read_test_prompts(start, data, config.max_response, setting)
     ids, rows = ids[: config.prompts], rows[: config.prompts]
-    judging = _gold(start, rows, data) if judge is None else _second(start, judge, setting)
+    prompts = [PromptRow(each, row) for each, row in zip(ids, rows, strict=True)]
+    judging = _judge(start, reward, judge, prompts, data, config, setting)
+    proxy = None if reward is None else reward.scorer(start, prompts, config.max_response)
     comparison = compare(
         start.model,
         start.params,
         {name: other.params for name, other in others.items()},
         ids,
         [row.prompt for row in rows],
-        proxy=reward_model_scorer(proxy.model, proxy.params, proxy.normalisation),
+        proxy=proxy,
         judge=judging,
         tokenizer=start.tokenizer,
         config=config,
@@ -71,20 +75,30 @@ def evaluate(
     return comparison
 
 
-def _gold(start: Checkpoint, rows: list[Prompt], data: Path) -> Judge:
+def _judge(
+    start: Checkpoint,
+    reward: Reward | None,
+    judge: Reward | None,
+    prompts: Sequence[PromptRow],
+    data: Path,
+    config: EvaluationConfig,
+    setting: Setting,
+) -> Judge:
+    if judge is None:
+        return _gold(start, [row.row for row in prompts], data)
+    if reward is None:
+        setting.show("no reward is named: the table has no score column, and nothing to say about hacking")
+    elif reward.name == judge.name:
+        setting.show(f"the judge is {judge.name}, which the policies were trained on: hacking cannot be seen")
+    return reward_judge(judge, start, prompts, max_response=config.max_response)
+
+
+def _gold(start: Checkpoint, rows: Sequence[Prompt], data: Path) -> Judge:
     without = next((row for row in rows if row.facts is None), None)
     if without is not None:
         raise InputError(
             f'{data}:{without.line}: the gold judge needs prompts with "facts", found none; '
-            "name a second reward model with --judge"
+            "name another judge with --judge"
         )
     texts, facts = [row.prompt for row in rows], [row.facts for row in rows]
     return gold_judge(gold.gold_score, gold.gold_components, start.tokenizer, texts, facts)
-
-
-def _second(start: Checkpoint, judge: Path, setting: Setting) -> Judge:
-    loaded = load_reward_model(judge, setting)
-    require_same_model(start, loaded)
-    return reward_model_judge(
-        loaded.model, loaded.params, loaded.normalisation, name=f"second reward model ({judge.name})"
-    )

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from minirlhf.evaluation.statistics import Estimate
 
-Finding = Literal["improved", "hacked", "not hacked", "no proxy gain", "undecided", "reference"]
+Finding = Literal["improved", "hacked", "not hacked", "no proxy gain", "worse", "undecided", "reference"]
 
 
 class Verdict(NamedTuple):
@@ -53,6 +53,20 @@ def verdict(proxy_gain: Estimate, win_rate: Estimate, *, detectable: float) -> V
             "no proxy gain", f"{both}: the reward model's score did not rise, so nothing was gamed"
         )
     return Verdict("undecided", f"{both}: neither gain is shown ({_visible(detectable)})")
+
+
+def judged_verdict(win_rate: Estimate, *, detectable: float) -> Verdict:
+    """The verdict where the reward that was trained on is not named: what the judge saw, no word on hacking.
+
+    Args:
+        win_rate, detectable: as for `verdict`.
+    """
+    judged = f"the judge prefers the policy in {win_rate.text(1, scale=100)} % of comparisons"
+    if win_rate.low > 0.5:
+        return Verdict("improved", f"{judged}; no reward was named that could have been gamed")
+    if win_rate.high < 0.5:
+        return Verdict("worse", f"{judged}: it finds it worse than SFT")
+    return Verdict("undecided", f"{judged}: no gain is shown ({_visible(detectable)})")
 
 
 def _visible(detectable: float) -> str:

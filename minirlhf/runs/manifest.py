@@ -18,14 +18,20 @@ _VERSIONED = ("torch", "numpy", "safetensors", "tokenizers", "rich", "tyro")
 
 
 def manifest(
-    config: Any, seed: int, data: Mapping[str, Path], weights: Mapping[str, Path], *, device: str = "cpu"
+    config: Any,
+    seed: int,
+    data: Mapping[str, Path | Mapping[str, str]],
+    weights: Mapping[str, Path],
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """What a run was made from and on: everything that one would have to set equal to make it again.
 
     Args:
         config: the frozen dataclass of the run's settings.
         seed: that every generator of the run was derived from.
-        data: files that were read, by name; each is recorded with its SHA-256.
+        data: files that were read, by name; each is recorded with its SHA-256. What is no file comes with its
+            own record, which should say where it was and which version of it.
         weights: model files or directories, likewise.
         device: what the tensors lived on, as torch names it.
     """
@@ -33,8 +39,8 @@ def manifest(
     return {
         "seed": seed,
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "data": {name: {"path": str(p), "sha256": sha256_of(p)} for name, p in data.items()},
-        "weights": {name: {"path": str(p), "sha256": sha256_of(p)} for name, p in weights.items()},
+        "data": {name: _file(p) if isinstance(p, Path) else dict(p) for name, p in data.items()},
+        "weights": {name: _file(p) for name, p in weights.items()},
         "versions": {
             "minirlhf": __version__,
             "python": platform.python_version(),
@@ -47,6 +53,10 @@ def manifest(
         "threads": torch.get_num_threads(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": sha256_of(path)}
 
 
 def _version(package: str) -> str:

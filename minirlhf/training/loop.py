@@ -31,6 +31,8 @@ from minirlhf.training.update import (
     update,
 )
 
+_HELD_TOKENS = 4_000_000
+
 Metrics = dict[str, float]
 Evaluate = Callable[[Params], Metrics]
 """Metrics of a policy beyond the validation loss (a win rate, say); called at every evaluation."""
@@ -218,10 +220,21 @@ def total_steps(examples: int, config: TrainConfig) -> int:
 @torch.no_grad()
 def measure(params: Params, step: Step, *, loss: Loss) -> dict[str, Tensor]:
     """ "loss" and the summed aux of a whole batch, without a gradient."""
-    parts = [loss(params, batch, step.normaliser) for batch in step.micro_batches]
-    names = parts[0][1]
-    aux = {name: torch.stack([part[name] for _, part in parts]).sum(0) for name in names}
-    return {"loss": torch.stack([value for value, _ in parts]).sum(), **aux}
+    scalars: dict[str, list[Tensor]] = {}
+    tables: dict[str, Tensor] = {}
+    for batch in step.micro_batches:
+        value, aux = loss(params, batch, step.normaliser)
+        for name, part in {"loss": value, **aux}.items():
+            if part.ndim == 0:
+                scalars.setdefault(name, []).append(part)
+            else:  # as long as the whole batch: one of each is enough
+                tables[name] = tables[name] + part if name in tables else part
+    return {name: torch.stack(parts).sum() for name, parts in scalars.items()} | tables
+
+
+def held(step: Step) -> Step:
+    """The same batch; unless it is large, its micro-batches are made now, and not each time they are read."""
+    return step._replace(micro_batches=list(step.micro_batches)) if step.tokens <= _HELD_TOKENS else step
 
 
 def longest_first(lengths: Tensor, index: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.data.batches import validate_pairs
-from minirlhf.data.records import PairExample, Sequences, collate, collate_pairs, take
+from minirlhf.data.records import PairExample, Sequences
+from minirlhf.data.rows import Rows, checked_pair_rows, gather
+from minirlhf.data.spool import LazySequence
 from minirlhf.models.interface import LanguageModel
 from minirlhf.runs import InputError
 from minirlhf.training.device import move
-from minirlhf.training.loop import Step, longest_first
+from minirlhf.training.loop import Step, held, longest_first
 
 
 class PairRows(NamedTuple):
@@ -27,7 +28,7 @@ class PairRows(NamedTuple):
     extra: [N] tensors that belong to a pair, by name (a margin, the reference's log-probs).
     """
 
-    rows: Sequences
+    rows: Rows
     extra: dict[str, Tensor]
 
 
@@ -47,16 +48,14 @@ class PairBatch(NamedTuple):
 
 
 def pair_rows(examples: Sequence[PairExample], *, name: str, model: LanguageModel) -> PairRows:
-    """The pairs as rows, checked.
+    """The pairs as rows, each read once and checked.
 
     Raises:
         InputError: there is none, or one is unusable (see `data.batches.validate_pairs`).
     """
     if not examples:
         raise InputError(f"expected at least one {name} pair, got none")
-    validate_pairs(collate_pairs(examples), vocab_size=model.config.vocab_size)
-    rows = collate([pair.chosen for pair in examples] + [pair.rejected for pair in examples])
-    return PairRows(rows, {})
+    return PairRows(checked_pair_rows(examples, vocab_size=model.config.vocab_size), {})
 
 
 def pair_lengths(pairs: PairRows) -> Tensor:
@@ -66,30 +65,25 @@ def pair_lengths(pairs: PairRows) -> Tensor:
 
 
 def cut_pairs(pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
-    """The pairs at `index` as micro-batches, each trimmed to its longest row; normalised by pairs."""
+    """The pairs at `index` as micro-batches, each padded to its longest row; normalised by pairs."""
     count, size = len(pairs.rows.lengths) // 2, len(index)
-    micro_batches = [
-        PairBatch(
-            rows=take(pairs.rows, torch.cat([part, part + count])),
-            extra={key: value[part] for key, value in pairs.extra.items()},
-            slot=slot,
-            size=size,
-        )
-        for part, slot in zip(
-            index.split(micro_batch_size), torch.arange(size).split(micro_batch_size), strict=True
-        )
-    ]
+    parts, slots = index.split(micro_batch_size), torch.arange(size).split(micro_batch_size)
+
+    def micro_batch(i: int) -> PairBatch:
+        rows = gather(pairs.rows, torch.cat([parts[i], parts[i] + count]))
+        extra = {key: value[parts[i]] for key, value in pairs.extra.items()}
+        return move(PairBatch(rows, extra, slots[i], size), device)
+
     tokens = int(pairs.rows.lengths[index].sum() + pairs.rows.lengths[index + count].sum())
-    return Step(
-        [move(batch, device) for batch in micro_batches], torch.tensor(float(size), device=device), tokens
-    )
+    normaliser = torch.tensor(float(size), device=device)
+    return Step(LazySequence(len(parts), micro_batch), normaliser, tokens)
 
 
 def cut_all(pairs: PairRows, *, micro_batch_size: int, device: torch.device) -> Step:
     """All pairs as one batch, longest first."""
     lengths = pair_lengths(pairs)
     index = longest_first(lengths, torch.arange(len(lengths)))
-    return cut_pairs(pairs, index, micro_batch_size=micro_batch_size, device=device)
+    return held(cut_pairs(pairs, index, micro_batch_size=micro_batch_size, device=device))
 
 
 def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
@@ -100,11 +94,15 @@ def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def per_row(
-    function: Callable[[Sequences], Tensor], rows: Sequences, *, micro_batch_size: int, device: torch.device
+    function: Callable[[Sequences], Tensor],
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int,
+    device: torch.device,
 ) -> Tensor:
     """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in order."""
     lengths = rows.lengths.cpu()
     order = longest_first(lengths, torch.arange(len(lengths)))
-    parts = [take(rows, part.to(rows.lengths.device)) for part in order.split(micro_batch_size)]
-    found = torch.cat([function(move(part, device)) for part in parts]).cpu()
+    parts = order.split(micro_batch_size)
+    found = torch.cat([function(move(gather(rows, part), device)) for part in parts]).cpu()
     return torch.zeros_like(found).index_copy(0, order, found)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data.records import PairExample, Sequences
+from minirlhf.data.rows import Rows
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import sequence_sum
@@ -204,7 +205,7 @@ def sequence_logp(model: LanguageModel, params: Params, rows: Sequences) -> Tens
 
 
 def reference_logps(
-    model: LanguageModel, ref_params: Params, rows: Sequences, *, micro_batch_size: int
+    model: LanguageModel, ref_params: Params, rows: Rows | Sequences, *, micro_batch_size: int
 ) -> Tensor:
     """log π_ref(y|x) [B] of rows, on the CPU, without a gradient."""
     logp = partial(sequence_logp, model, ref_params)

@@ -1,12 +1,15 @@
 """What a running stage shows: a bar on a terminal, now and then a plain line elsewhere; both on stderr."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+Row = TypeVar("Row")
+_LOOK_EVERY = 1000
 
 
 class Advance(Protocol):
@@ -43,6 +46,30 @@ def progress(
             bar.update(task, advance=1, text=meter.text())
 
         yield advance
+
+
+def counting(
+    rows: Iterable[Row], title: str, *, console: Console | None = None, after: float = 2.0
+) -> Iterator[Row]:
+    """The same rows, as they are asked for; once it takes long, how many were read and how fast is shown.
+
+    Args:
+        rows: a source of unknown length.
+        title: what it is.
+        console: where to write; stderr by default. On a terminal the line renews itself.
+        after: seconds before the first line; each further one waits twice as long, on a terminal a second.
+    """
+    console = console or Console(stderr=True)
+    start, due, count = time.perf_counter(), after, 0
+    for count, row in enumerate(rows, 1):
+        yield row
+        if count % _LOOK_EVERY == 0 and (spent := time.perf_counter() - start) >= due:
+            due = spent + 1 if console.is_terminal else 2 * spent
+            text = f"{title}: {count:,} rows read, {count / max(spent, 1e-9):,.0f} rows/s"
+            end = "\r" if console.is_terminal else "\n"
+            console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+    if due > after and console.is_terminal:
+        console.print(f"{title}: {count:,} rows read", highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain(meter: "_Meter", console: Console, plain_every: float) -> Advance:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data.records import PairExample, Sequences
+from minirlhf.data.rows import Rows
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.ranking import bradley_terry_loss
@@ -147,7 +148,9 @@ def metrics(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def scores(model: LanguageModel, params: Params, rows: Sequences, *, micro_batch_size: int = 64) -> Tensor:
+def scores(
+    model: LanguageModel, params: Params, rows: Rows | Sequences, *, micro_batch_size: int = 64
+) -> Tensor:
     """Raw rewards [B] of rows, on the CPU, without a gradient."""
 
     def score(part: Sequences) -> Tensor:

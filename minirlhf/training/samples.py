@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def sample_watcher(
     max_response: int = 64,
 ) -> Callable[[Params], dict[str, float]]:
     """An evaluation that adds no metric: it shows responses, and appends them to folder/samples.jsonl."""
-    fitting = [list(ids) for ids in prompts if len(ids) < model.config.n_positions][:SHOWN]
+    fitting = list(islice((list(ids) for ids in prompts if len(ids) < model.config.n_positions), SHOWN))
     room = min(max_response, model.config.n_positions - max(map(len, fitting), default=0))
     calls = 0
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf.data.batches import Overlong
+from minirlhf.data.formats_detect import KEYS
 from minirlhf.runs import InputError
 
 Log = Callable[[int, str, dict[str, float]], None]
@@ -65,6 +66,8 @@ class ReadingConfig:
     """Share of the prompts that is only reported on."""
     split_seed: int = 0
     """Of the cut by prompt; keep it from stage to stage."""
+    format: str = "auto"
+    """Which format the rows are in, where detection asks; its question names the possible answers."""
 
     def __post_init__(self) -> None:
         if not (self.validation > 0 and self.test > 0 and self.validation + self.test < 1):
@@ -74,6 +77,8 @@ class ReadingConfig:
             )
         if self.max_length is not None and self.max_length < 2:
             raise InputError(f"max_length must be at least 2, got {self.max_length}")
+        if self.format not in ("auto", *KEYS):
+            raise InputError(f"format must be one of auto, {', '.join(KEYS)}, got {self.format!r}")
 
     @property
     def fractions(self) -> tuple[float, float, float]:

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.data.batches import validate
-from minirlhf.data.records import Example, Sequences, collate, take
+from minirlhf.data.records import Example, Sequences
+from minirlhf.data.rows import Rows, checked_rows, gather
+from minirlhf.data.spool import LazySequence
 from minirlhf.kernels.logprob import token_report
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import token_sum
@@ -30,6 +31,7 @@ from minirlhf.training.loop import (
     StageResult,
     Step,
     TrainConfig,
+    held,
     longest_first,
     train_loop,
 )
@@ -84,11 +86,13 @@ def train(
         loss=partial(loss, model=model),
         lengths=rows.lengths,
         cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),
-        validation=cut(
-            held_out,
-            longest_first(held_out.lengths, torch.arange(len(held_out.lengths))),
-            micro_batch_size=config.micro_batch_size,
-            device=device,
+        validation=held(
+            cut(
+                held_out,
+                longest_first(held_out.lengths, torch.arange(len(held_out.lengths))),
+                micro_batch_size=config.micro_batch_size,
+                device=device,
+            )
         ),
         metrics=dict,
         shown=("loss", "mean_token_accuracy"),
@@ -115,14 +119,15 @@ def loss(
     }
 
 
-def cut(rows: Sequences, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
-    """The rows at `index` as micro-batches, each trimmed to its longest row; normalised by trained tokens."""
-    micro_batches = [move(take(rows, part), device) for part in index.split(micro_batch_size)]
-    trained = rows.mask[index].sum().to(device, torch.float32)
+def cut(rows: Rows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
+    """The rows at `index` as micro-batches, each padded to its longest row; normalised by trained tokens."""
+    parts = index.split(micro_batch_size)
+    micro_batches = LazySequence(len(parts), lambda i: move(gather(rows, parts[i]), device))
+    trained = rows.counted[index].sum().to(device, torch.float32)
     return Step(micro_batches, trained, int(rows.lengths[index].sum()))
 
 
-def _rows(examples: Sequence[Example], name: str, model: LanguageModel) -> Sequences:
+def _rows(examples: Sequence[Example], name: str, model: LanguageModel) -> Rows:
     if not examples:
         raise InputError(f"sft: expected at least one {name} example, got none")
-    return validate(collate(examples), vocab_size=model.config.vocab_size)
+    return checked_rows(examples, vocab_size=model.config.vocab_size)

@@ -5,17 +5,19 @@ finite, after a checkpoint was kept does it appear with that checkpoint, and its
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from minirlhf.data.source import fingerprint
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.models.checkpoint import Normalisation, load_language_model, load_scalar_model
 from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.models.sources import resolve_model
 from minirlhf.runs import (
     InputError,
     MetricsWriter,
@@ -45,19 +47,19 @@ class Checkpoint(NamedTuple):
 
 
 def load_policy(path: Path, setting: Setting) -> Checkpoint:
-    """Reads a language model and its tokenizer.
+    """Reads a language model and its tokenizer: a directory, a GGUF file or a name on the hub.
 
     Raises:
         InputError: there is no such model, or its tokenizer knows ids that it has no row for.
     """
-    device = resolve(setting.device)
+    device, path = resolve(setting.device), resolve_model(path)
     model, params = load_language_model(path)
     return _loaded(path, model, params, Normalisation(0.0, 1.0), device)
 
 
 def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
     """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
-    device = resolve(setting.device)
+    device, path = resolve(setting.device), resolve_model(path)
     model, params, normalisation = load_scalar_model(path)
     return _loaded(path, model, params, normalisation, device)
 
@@ -129,7 +131,7 @@ def open_stage(
     config: Any,
     setting: Setting,
     *,
-    data: dict[str, Path],
+    data: Mapping[str, Path | Mapping[str, str]],
     weights: dict[str, Path],
 ) -> Iterator[Stage]:
     """The directory of one stage: the best model, metrics.jsonl, stage.toml and manifest.json.
@@ -140,13 +142,14 @@ def open_stage(
         save: how its kind of model is written.
         config: the stage's config; goes into stage.toml.
         setting: seed, device and the run's log.
-        data, weights: what it reads; hashed into the manifest.
+        data, weights: what it reads; hashed into the manifest. What is no file comes with its own record.
 
     Raises:
         KeyboardInterrupt, NonFiniteError, GuardError: as they came, and now saying where the checkpoint is.
     """
     failure: BaseException | None = None
-    record = manifest(config, setting.seed, data, weights, device=str(resolve(setting.device)))
+    files = {name: fingerprint(each) if isinstance(each, Path) else each for name, each in data.items()}
+    record = manifest(config, setting.seed, files, weights, device=str(resolve(setting.device)))
     with atomic_directory(out) as folder, MetricsWriter(folder / "metrics.jsonl") as writer:
 
         def log(step: int, metrics: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Where a subject comes from: `module:function`, `path/to/file.py:function`, or a function at hand."""
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -39,8 +40,10 @@ def named(target: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-            raise SubjectError(f"{place} has no {name!r}; it has {near or 'no functions'}")
+            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else f"; it has {', '.join(known) or 'no functions'}"
+            raise SubjectError(f"{place} has no {name!r}{hint}")
         found = getattr(found, part)
     return found
 

@@ -3,6 +3,7 @@
 import pytest
 
 from minirlhf.data.records import PairExample, join
+from minirlhf.training import baselines
 from minirlhf.training.baselines import bag_of_words_accuracy, length_only_accuracy
 
 
@@ -38,3 +39,18 @@ def test_a_bag_of_words_cannot_see_order_or_prompt() -> None:
     assert bag_of_words_accuracy(order, order, vocab_size=9) == 0.5
     train = [pair([7, 0], [8, 0], prompt=(7,)), pair([8, 0], [7, 0], prompt=(8,))]
     assert bag_of_words_accuracy(train, train, vocab_size=9) == pytest.approx(0.5)
+
+
+def test_a_bag_of_words_is_the_same_however_its_pairs_are_cut_and_stops_at_a_stated_number(
+    monkeypatch,
+) -> None:
+    train = [pair([2 + i % 7, 5, 0], [9 - i % 5, 3, 0]) for i in range(23)]
+    test = [pair([i, j, 0], [j, 4, 0]) for i in range(2, 9) for j in range(5, 9)]
+    whole = bag_of_words_accuracy(train, test, vocab_size=10)
+    monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", 3)
+    assert bag_of_words_accuracy(train, test, vocab_size=10) == whole
+    monkeypatch.setattr(baselines, "FITTED_PAIRS", 4)
+    assert bag_of_words_accuracy(train, test, vocab_size=10) == bag_of_words_accuracy(
+        train[:4], test, vocab_size=10
+    )
+    assert bag_of_words_accuracy(train[:4], test, vocab_size=10) != whole

@@ -16,8 +16,8 @@ from minirlhf.runs import InputError, load_config, read_metrics
 from minirlhf.training import ppo_sampling, stages
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
-from minirlhf.training.group_rewards import Reward, load_rule, of_reward_model, of_rule, the_one_reward
 from minirlhf.training.reward_model import RewardConfig
+from minirlhf.training.reward_sources import Reward, load_rule, of_reward_model, of_rule, the_one_reward
 from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting, ShapeConfig
 from tests.miniature import write_files, write_rows
 
@@ -147,7 +147,10 @@ def test_a_rule_of_the_working_directory_is_the_reward_and_stands_in_the_manifes
     rule, file = load_rule(place(here, "answer"))
     seen = rule.__globals__["seen"]  # type: ignore[attr-defined]
     known = {json.loads(line)["prompt"] for line in (made / "data/prompts.jsonl").read_text().splitlines()}
-    assert len(seen) == 2 * 8 + 3 * 5  # two iterations, and three evaluations of five validation prompts
+    # a probe each, then two iterations, and three evaluations of five validation prompts
+    probes, seen = seen[:2], seen[2:]
+    assert [text for _, text, _ in probes] == ["", ""] and probes[0] != probes[1]
+    assert len(seen) == 2 * 8 + 3 * 5
     assert {prompt for prompt, _, _ in seen} <= known
     assert all(fact == {"answer": "e"} for _, _, fact in seen)
     scores = [float("e" in text) for _, text, _ in seen]
@@ -177,10 +180,13 @@ def test_validation_and_training_never_share_their_uniforms(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("as_list", r"must return a tensor \[5\], one per response, got list"),
+        ("as_list", r"must return a tensor \[1\], one per response, got list"),
         ("too_few", r"must return a tensor \[5\], one per response, got shape \[1\]"),
         ("raising", "raised KeyError: 'colour'"),
-        ("not_a_number", "the score of response 0 is nan, not a finite number"),
+        (
+            "not_a_number",
+            r"the score of response 0 \(to the prompt of line \d+\) is nan, not a finite number",
+        ),
     ],
 )
 def test_a_rule_that_fails_says_how_and_leaves_nothing(made: Path, here: Path, name: str, said: str) -> None:
@@ -192,13 +198,16 @@ def test_a_rule_that_fails_says_how_and_leaves_nothing(made: Path, here: Path, n
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("answer", "expected module:function, such as my_rules:score, got 'answer'"),
+        ("answer", "expected module:function or path/to/file.py:function, got 'answer'"),
         (":answer", "expected module:function"),
         ("RULES:", "expected module:function"),
-        ("no_such_rules:answer", "there is no module no_such_rules, here or installed"),
-        ("json.no_such_part:answer", "there is no module json.no_such_part"),
+        ("no_such_rules:answer", "importing no_such_rules failed: .*No module named 'no_such_rules'"),
+        ("json.no_such_part:answer", "importing json.no_such_part failed"),
         ("RULES:answr", r"has no 'answr' \(did you mean answer\?\)"),
-        ("RULES:threshold", "expected a function, got int"),
+        ("RULES:xyz", "has no 'xyz'; it has answer, as_list, too_few"),
+        ("RULES:threshold", "is a int, expected a function"),
+        ("RULES.py:answr", r"has no 'answr' \(did you mean answer\?\)"),
+        ("no_such_rules.py:answer", "no_such_rules.py: no such file"),
     ],
 )
 def test_a_rule_that_is_not_there_is_named(here: Path, wrong: str, said: str) -> None:
@@ -209,10 +218,10 @@ def test_a_rule_that_is_not_there_is_named(here: Path, wrong: str, said: str) ->
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import no_such_thing", "cannot be imported: No module named 'no_such_thing'"),
-        ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
-        ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
-        ("def f(:", "cannot be imported: SyntaxError"),
+        ("import no_such_thing", "failed: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("1 / 0", r"failed: ZeroDivisionError: division by zero \(line 1 of .*broken_"),
+        ("raise SystemExit(3)", "failed: SystemExit: 3"),
+        ("def f(:", "failed: SyntaxError"),
     ],
 )
 def test_a_module_that_cannot_be_imported_says_why(here: Path, text: str, said: str) -> None:
@@ -242,7 +251,7 @@ def test_a_rule_may_be_any_installed_function() -> None:
 
 
 def test_exactly_one_reward_must_be_named(made: Path, here: Path) -> None:
-    with pytest.raises(InputError, match="--reward-model DIR or --reward module:function, got neither"):
+    with pytest.raises(InputError, match=r"--reward SOURCE \(.*\) or --reward-model DIR, got neither"):
         the_one_reward(None, None, quiet())
     with pytest.raises(InputError, match="got both"):
         the_one_reward(made / "reward", place(here, "answer"), quiet())
@@ -252,23 +261,23 @@ def test_exactly_one_reward_must_be_named(made: Path, here: Path) -> None:
     ]
 
 
-def test_a_reward_model_of_another_shape_is_refused(made: Path, tmp_path: Path) -> None:
+def test_a_reward_model_of_another_shape_rewards_a_policy_with_its_tokenizer(
+    made: Path, tmp_path: Path
+) -> None:
     shape = ShapeConfig(n_layer=1, n_embd=32, n_head=2, n_positions=48)
     stages.new_model(made / "data/tokenizer.json", tmp_path / "wide", shape=shape, seed=0)
-    reward = of_reward_model(made / "reward", quiet())
-    with pytest.raises(InputError, match="reward to have the shape of .*wide, got n_embd 16 and 32"):
-        stages.group(
-            tmp_path / "wide",
-            tmp_path / "wide",
-            reward,
-            made / "data/prompts.jsonl",
-            tmp_path / "out",
-            config=CONFIG,
-            objective=RLOO,
-            setting=quiet(),
-            name="group",
-        )
-    assert not (tmp_path / "out").exists()
+    stages.group(
+        tmp_path / "wide",
+        tmp_path / "wide",
+        of_reward_model(made / "reward", quiet()),
+        made / "data/prompts.jsonl",
+        tmp_path / "out",
+        config=CONFIG,
+        objective=RLOO,
+        setting=quiet(),
+        name="group",
+    )
+    assert load_language_model(tmp_path / "out")[0].config.n_embd == 32
 
 
 def test_a_directory_with_files_in_it_is_refused_and_untouched(made: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data.records import Sequences, collate
+from minirlhf.data.rows import checked_rows
 from minirlhf.models.interface import Params
 from minirlhf.training import preference, reward_model, sft
 from minirlhf.training.loop import Step, measure
@@ -43,7 +44,7 @@ class Case(NamedTuple):
 
 
 def sft_case() -> Case:
-    rows = collate(EXAMPLES)
+    rows = checked_rows(EXAMPLES, vocab_size=tiny.VOCAB)
 
     def cut(index: Tensor, size: int) -> Step:
         return sft.cut(rows, index, micro_batch_size=size, device=CPU)
@@ -212,22 +213,22 @@ def test_sft_trains_exactly_the_positions_before_trained_tokens() -> None:
 
 @pytest.mark.parametrize("objective", [dpo(DPOConfig()), ipo(IPOConfig())], ids=["dpo", "ipo"])
 def test_preference_losses_touch_no_prompt_logit_and_no_padding(objective: PairObjective) -> None:
-    pairs = pair_rows(PAIRS, name="tiny", model=MODEL)
-    model, params = tiny.free_states(pairs.rows.tokens, tiny.VOCAB)
+    rows = collate([pair.chosen for pair in PAIRS] + [pair.rejected for pair in PAIRS])
+    model, params = tiny.free_states(rows.tokens, tiny.VOCAB)
     zeros = torch.zeros(len(PAIRS))
     batch = PairBatch(
-        pairs.rows, {"ref_chosen": zeros, "ref_rejected": zeros - 1}, torch.arange(len(PAIRS)), len(PAIRS)
+        rows, {"ref_chosen": zeros, "ref_rejected": zeros - 1}, torch.arange(len(PAIRS)), len(PAIRS)
     )
     loss = partial(preference.loss, model=model, objective=objective)
-    assert touched(loss, params, batch, 5.0) == trained_predecessors(pairs.rows)
+    assert touched(loss, params, batch, 5.0) == trained_predecessors(rows)
 
 
 def test_the_reward_is_read_at_the_last_valid_token_only() -> None:
-    pairs = pair_rows(PAIRS, name="tiny", model=MODEL)
-    model, params = tiny.free_states(pairs.rows.tokens, 6)
+    rows = collate([pair.chosen for pair in PAIRS] + [pair.rejected for pair in PAIRS])
+    model, params = tiny.free_states(rows.tokens, 6)
     loss = partial(reward_model.loss, model=model, label_smoothing=None, center_rewards_coefficient=None)
-    batch = PairBatch(pairs.rows, {}, torch.arange(len(PAIRS)), len(PAIRS))
-    assert touched(loss, params, batch, 5.0) == [[length - 1] for length in pairs.rows.lengths.tolist()]
+    batch = PairBatch(rows, {}, torch.arange(len(PAIRS)), len(PAIRS))
+    assert touched(loss, params, batch, 5.0) == [[length - 1] for length in rows.lengths.tolist()]
 
 
 def test_a_pair_is_as_long_as_its_longer_side_and_counts_the_tokens_of_both() -> None:

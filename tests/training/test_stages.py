@@ -18,10 +18,11 @@ from minirlhf.runs import InputError, load_config, read_metrics
 from minirlhf.training import ppo as ppo_page
 from minirlhf.training import sft as sft_page
 from minirlhf.training import stages
-from minirlhf.training.inputs import read_pairs, read_plain, read_prompt_ids
+from minirlhf.training.inputs import read_pairs, read_plain, read_prompt_rows
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
+from minirlhf.training.reward_sources import of_reward_model
 from minirlhf.training.rewards import reward_model_scorer
 from minirlhf.training.setting import NormaliseConfig, ReadingConfig, Setting, ShapeConfig, seed_for
 from minirlhf.training.sft import SFTConfig
@@ -83,7 +84,13 @@ RUNS: dict[str, Run] = {
         root / "sft", root / "data/preferences.jsonl", out, config=REWARD, normalise=NORMALISE, setting=s
     ),
     "ppo": lambda root, out, s: stages.ppo(
-        root / "sft", root / "sft", root / "reward", root / "data/prompts.jsonl", out, config=PPO, setting=s
+        root / "sft",
+        root / "sft",
+        of_reward_model(root / "reward", s),
+        root / "data/prompts.jsonl",
+        out,
+        config=PPO,
+        setting=s,
     ),
     "dpo": lambda root, out, s: stages.dpo(
         root / "sft", root / "sft", root / "data/preferences.jsonl", out, config=DPO, setting=s
@@ -187,7 +194,7 @@ def test_ppo_from_another_reference_measures_kl_to_it(made: Path, tmp_path: Path
     stages.ppo(
         made / "sft",
         made / "model",
-        made / "reward",
+        of_reward_model(made / "reward", quiet()),
         made / "data/prompts.jsonl",
         tmp_path / "out",
         config=PPO,
@@ -257,7 +264,7 @@ def test_another_shape_and_another_tokenizer_are_refused(made: Path, tmp_path: P
         stages.ppo(
             made / "sft",
             tmp_path / "wide",
-            made / "reward",
+            of_reward_model(made / "reward", quiet()),
             made / "data/prompts.jsonl",
             tmp_path / "out",
             config=PPO,
@@ -364,9 +371,9 @@ def test_a_prompt_without_room_for_the_response_is_dropped_with_its_line_or_refu
     write_rows(tmp_path / "prompts.jsonl", rows)
     said: list[object] = []
     dropping = quiet(overlong="drop")._replace(show=said.append)
-    parts = read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, dropping)
+    parts = read_prompt_rows(start, tmp_path / "prompts.jsonl", 48 - longest + 5, dropping)
     assert sum(map(len, parts)) == 30
     assert any("dropped 1 of" in str(line) and "line 31" in str(line) for line in said)
     with pytest.raises(InputError, match="prompts.jsonl|31"):
-        read_prompt_ids(start, tmp_path / "prompts.jsonl", 48 - longest + 5, quiet())
-    assert sum(map(len, read_prompt_ids(start, tmp_path / "prompts.jsonl", 2, quiet()))) == 31
+        read_prompt_rows(start, tmp_path / "prompts.jsonl", 48 - longest + 5, quiet())
+    assert sum(map(len, read_prompt_rows(start, tmp_path / "prompts.jsonl", 2, quiet()))) == 31

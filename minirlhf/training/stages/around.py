@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minirlhf.data.records import PairExample
+from minirlhf.data.spool import LazySequence
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
 from minirlhf.models.interface import Params
 from minirlhf.training.loop import StageResult
@@ -26,9 +27,9 @@ def save_scalar(start: Checkpoint, normalisation: Normalisation, folder: Path, p
     )
 
 
-def prompts_of(pairs: Sequence[PairExample]) -> list[list[int]]:
+def prompts_of(pairs: Sequence[PairExample]) -> Sequence[list[int]]:
     """The prompts' ids, one for each pair."""
-    return [pair.chosen.ids[: pair.chosen.prompt_length] for pair in pairs]
+    return LazySequence(len(pairs), lambda i: pairs[i].chosen.ids[: pairs[i].chosen.prompt_length])
 
 
 def watcher(

@@ -1,19 +1,23 @@
 """Stages that learn from their own samples: PPO with a critic, groups of samples without."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from minirlhf.data.spool import LazySequence
 from minirlhf.training import group_policy as group_page
 from minirlhf.training import ppo as ppo_page
 from minirlhf.training.experience import Sampled
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GroupObjective, GroupSampled
-from minirlhf.training.group_rewards import Reward
-from minirlhf.training.inputs import read_prompt_ids, read_prompt_rows
+from minirlhf.training.inputs import read_prompt_rows
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_sampling import objective_on
 from minirlhf.training.progress import Advance, progress
-from minirlhf.training.rewards import critic_from_reward_model, reward_model_scorer
+from minirlhf.training.prompt_rows import PromptRow
+from minirlhf.training.reward_sources import Reward, critic_for
+from minirlhf.training.rewards import Scorer
 from minirlhf.training.samples import show_rollout
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.stages.around import Metrics, save_policy, tell
@@ -21,17 +25,36 @@ from minirlhf.training.workspace import (
     Checkpoint,
     Stage,
     load_policy,
-    load_reward_model,
     open_stage,
     refuse_existing,
     require_same_model,
 )
 
 
+class _Task(NamedTuple):
+    """Ids of prompts to train on and of prompts to choose the best policy by, with their scorers."""
+
+    scorer: Scorer
+    prompts: Sequence[list[int]]
+    held_out_scorer: Scorer
+    held_out: Sequence[list[int]]
+
+
+def _task(start: Checkpoint, reward: Reward, data: Path, max_response: int, setting: Setting) -> _Task:
+    """Reads the prompts and checks the reward on them, before anything is sampled."""
+    parts = read_prompt_rows(start, data, max_response, setting)
+    train, held_out = (reward.scorer(start, part, max_response) for part in (parts.train, parts.validation))
+    return _Task(train, _ids(parts.train), held_out, _ids(parts.validation))
+
+
+def _ids(prompts: Sequence[PromptRow]) -> Sequence[list[int]]:
+    return LazySequence(len(prompts), lambda i: prompts[i].ids)
+
+
 def ppo(
     policy: Path,
     reference: Path,
-    reward_model: Path,
+    reward: Reward,
     data: Path,
     out: Path,
     *,
@@ -39,34 +62,33 @@ def ppo(
     setting: Setting,
     name: str = "ppo",
 ) -> Metrics:
-    """PPO from the policy, near the reference, towards what the reward model prefers."""
+    """PPO from the policy, near the reference, towards what the reward prefers."""
     refuse_existing(out)
     start, near = load_policy(policy, setting), load_policy(reference, setting)
-    judge = load_reward_model(reward_model, setting)
     require_same_model(start, near)
-    require_same_model(start, judge)
-    prompts = read_prompt_ids(start, data, config.max_response, setting)
-    scorer = reward_model_scorer(judge.model, judge.params, judge.normalisation)
-    weights = {"policy": policy, "reference": reference, "reward_model": reward_model}
+    task = _task(start, reward, data, config.max_response, setting)
+    critic = critic_for(reward, start, setting)
+    files = {"prompts": data} | reward.data
+    weights = {"policy": start.path, "reference": near.path} | reward.weights
     save = partial(save_policy, start)
     with (
-        open_stage(out, name, save, config, setting, data={"prompts": data}, weights=weights) as stage,
+        open_stage(out, name, save, config, setting, data=files, weights=weights) as stage,
         progress(name, config.critic_pretraining + config.iterations) as advance,
     ):
         result = ppo_page.train(
             start.model,
             start.params,
             near.params,
-            critic_from_reward_model(judge.params, judge.normalisation),
-            scorer,
-            prompts.train,
+            critic,
+            task.scorer,
+            task.prompts,
             config,
             seed=seed_for(setting, "ppo"),
             evaluate=objective_on(
                 start.model,
                 near.params,
-                scorer,
-                prompts.validation,
+                task.held_out_scorer,
+                task.held_out,
                 config,
                 seed=seed_for(setting, "ppo validation"),
             ),
@@ -93,11 +115,9 @@ def group(
     refuse_existing(out)
     start, near = load_policy(policy, setting), load_policy(reference, setting)
     require_same_model(start, near)
-    prompts = read_prompt_rows(start, data, config.max_response, setting)
-    score, held_out = (reward.scorer(start, part) for part in (prompts.train, prompts.validation))
-    ids, held_out_ids = ([row.ids for row in part] for part in (prompts.train, prompts.validation))
+    task = _task(start, reward, data, config.max_response, setting)
     files = {"prompts": data} | reward.data
-    weights = {"policy": policy, "reference": reference} | reward.weights
+    weights = {"policy": start.path, "reference": near.path} | reward.weights
     seed, other = seed_for(setting, "group"), seed_for(setting, "group validation")
     save = partial(save_policy, start)
     with (
@@ -108,12 +128,14 @@ def group(
             start.model,
             start.params,
             near.params,
-            score,
-            ids,
+            task.scorer,
+            task.prompts,
             config,
             objective=objective,
             seed=seed,
-            evaluate=objective_on(start.model, near.params, held_out, held_out_ids, config, seed=other),
+            evaluate=objective_on(
+                start.model, near.params, task.held_out_scorer, task.held_out, config, seed=other
+            ),
             keep=stage.keep,
             log=partial(_log_iteration, stage, advance, config.batch_size),
             show=partial(_show_iteration, name, start, stage),

@@ -42,7 +42,7 @@ def _prefer(
     require_same_model(start, near)
     parts = read_pairs(start, data, setting)
     save = partial(save_policy, start)
-    weights = {"policy": policy, "reference": reference}
+    weights = {"policy": start.path, "reference": near.path}
     with open_stage(out, name, save, config, setting, data={"preferences": data}, weights=weights) as stage:
         result = train(
             start.model,

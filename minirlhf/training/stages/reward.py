@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate
 from minirlhf.runs import InputError
 from minirlhf.training import reward_model as reward_page
-from minirlhf.training.baselines import bag_of_words_accuracy, length_only_accuracy
+from minirlhf.training.baselines import FITTED_PAIRS, bag_of_words_accuracy, length_only_accuracy
 from minirlhf.training.inputs import Parts, context_of, read_pairs, tokenise_pairs
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.setting import NormaliseConfig, Setting, generator_for, seed_for
@@ -40,12 +41,16 @@ def reward(
     refuse_existing(out)
     start = load_policy(policy, setting)
     parts = read_pairs(start, data, setting)
-    probes = [] if probe is None else tokenise_pairs(start, read_preferences(probe).rows, setting).examples
+    probes: list[PairExample] = []
+    if probe is not None:
+        pairs = read_preferences(probe, format=setting.reading.format).rows
+        probes = tokenise_pairs(start, pairs, setting).examples
     generator = generator_for(setting, "reward")
     initial = with_scalar_head(start.model, start.params, generator=generator)
     files = {"preferences": data} | ({} if probe is None else {"probe": probe})
     save = partial(save_scalar, start, Normalisation(0.0, 1.0))
-    with open_stage(out, "reward", save, config, setting, data=files, weights={"policy": policy}) as stage:
+    weights = {"policy": start.path}
+    with open_stage(out, "reward", save, config, setting, data=files, weights=weights) as stage:
         result = reward_page.train(
             start.model,
             initial,
@@ -57,6 +62,8 @@ def reward(
             keep=stage.keep,
         )
         metrics = _assess(start, result.params, parts, probes)
+        if len(parts.train) > FITTED_PAIRS:
+            setting.show(f"{data}: the bag of words is fitted to the first {FITTED_PAIRS} training pairs")
         stage.log(result.best_step, metrics)
         rollout = respond(start, prompts_of(parts.validation), normalise, setting)
         normalisation = reward_page.normalise_reward(start.model, result.params, rollout)
@@ -83,7 +90,7 @@ def respond(
 ) -> Rollout:
     """Responses of the policy itself to prompts with room, each as often as it takes."""
     room = context_of(start, setting) - config.max_response
-    fitting = [ids for ids in prompts if len(ids) <= room]
+    fitting = list(islice((ids for ids in prompts if len(ids) <= room), config.rollouts))
     if not fitting:
         raise InputError(
             f"expected a prompt that leaves room for max_response {config.max_response} in a context of "

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.data.records import Example
+from minirlhf.data.spool import LazySequence
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import save_language_model
@@ -47,8 +48,12 @@ def pretrain(
     refuse_existing(out)
     start = load_policy(policy, setting)
     train, validation = read_plain(start, data, setting)
-    openings = [example.ids[: max(1, len(example.ids) // 3)] for example in validation]
+    openings = LazySequence(len(validation), lambda i: _opening(validation[i]))
     return _supervise(name, start, train, validation, openings, data, out, config, setting)
+
+
+def _opening(example: Example) -> list[int]:
+    return example.ids[: max(1, len(example.ids) // 3)]
 
 
 def sft(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Setting) -> Metrics:
@@ -56,7 +61,8 @@ def sft(policy: Path, data: Path, out: Path, *, config: SFTConfig, setting: Sett
     refuse_existing(out)
     start = load_policy(policy, setting)
     parts = read_supervised(start, data, setting)
-    prompts = [example.ids[: example.prompt_length] for example in parts.validation]
+    held_out: Sequence[Example] = parts.validation
+    prompts = LazySequence(len(held_out), lambda i: held_out[i].ids[: held_out[i].prompt_length])
     return _supervise("sft", start, parts.train, parts.validation, prompts, data, out, config, setting)
 
 
