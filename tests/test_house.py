@@ -29,7 +29,6 @@ ORDER = [
     "evaluation",
     "recipes",
     "pipeline",
-    "commands_models",
     "commands",
     "cli",
     "__main__",

@@ -1,12 +1,13 @@
-"""The commands that make a model directory, of random weights or of what exists; a page beside `commands`."""
+"""The commands that make a model directory, of random weights or of what exists."""
 
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import tyro
 
+from minirlhf.commands.common import Flat
 from minirlhf.models.checkpoint import save_language_model, save_scalar_model
 from minirlhf.models.encoder_files import is_encoder
 from minirlhf.models.families import family_of
@@ -20,9 +21,6 @@ from minirlhf.training import stages
 from minirlhf.training.setting import ReadingConfig, Setting, ShapeConfig
 from minirlhf.training.text_rewards import load_encoder_reward
 from minirlhf.training.workspace import Checkpoint, load_policy, load_reward_model, refuse_existing
-
-Config = TypeVar("Config")
-Flat = Annotated[Config, tyro.conf.arg(name="")]  # `--learning-rate`, not `--settings.learning-rate`
 
 
 @dataclass(frozen=True)

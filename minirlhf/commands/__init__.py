@@ -1,0 +1,27 @@
+"""The commands as a user sees them."""
+
+from minirlhf.commands.common import Command
+from minirlhf.commands.judging import Evaluate
+from minirlhf.commands.models import Import, Model
+from minirlhf.commands.on_policy import PPO, Group
+from minirlhf.commands.stages import DPO, IPO, SFT, Pretrain, Reward
+from minirlhf.commands.whole import Run, World
+from minirlhf.verify.command import Verify
+
+__all__ = ["COMMANDS", "Command"]
+
+COMMANDS: dict[str, type[Command]] = {
+    "run": Run,
+    "world": World,
+    "model": Model,
+    "import": Import,
+    "pretrain": Pretrain,
+    "sft": SFT,
+    "reward": Reward,
+    "ppo": PPO,
+    "group": Group,
+    "dpo": DPO,
+    "ipo": IPO,
+    "evaluate": Evaluate,
+    "verify": Verify,
+}
