@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_model(name: str, folder: Path, data: Path) -> Path:
-    """A random model of that shape with the miniature's tokenizer; SmolLM2's speaks ChatML, ends on <|im_end|>."""
+    """A random model of that shape with the miniature's tokenizer; SmolLM2's speaks ChatML."""
     tokenizer = tokenizers.Tokenizer.from_file(str(data / "tokenizer.json"))
     beside: dict[str, Any] = {"eos_token": "<|endoftext|>"}
     if name == "SmolLM2":

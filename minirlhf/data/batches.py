@@ -26,7 +26,7 @@ from minirlhf.data.records import (
     Prompt,
     Sequences,
 )
-from minirlhf.data.template_ids import ChatTemplate
+from minirlhf.data.templates.ids import ChatTemplate
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.runs import InputError
 

@@ -1,4 +1,4 @@
-"""Files -> text records. The format is detected from the first row, once, and said (see `formats_detect`).
+"""Files -> text records. The format is detected from the first row, once, and said (see `formats.detect`).
 
 A later row of another shape is an error with file and line, never a guess. A row of the right shape that
 cannot be used (an empty response, transcripts that differ before the last turn) is dropped, counted and
@@ -13,8 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from minirlhf.data.account import Account
 from minirlhf.data.conversation import asked
-from minirlhf.data.formats import PROMPT_MESSAGES, Format, Unusable
-from minirlhf.data.formats_detect import (
+from minirlhf.data.formats.detect import (
     DEMONSTRATIONS,
     PREFERENCES,
     PROMPTS,
@@ -25,6 +24,7 @@ from minirlhf.data.formats_detect import (
     parse,
     says_again,
 )
+from minirlhf.data.formats.rows import PROMPT_MESSAGES, Format, Unusable
 from minirlhf.data.jsonl import Line, malformed
 from minirlhf.data.records import Demonstration, Message, Preference, Prompt
 from minirlhf.data.source import read_rows
@@ -79,7 +79,7 @@ def open_demonstrations(
     Args:
         path: where the rows are, as `source.read_rows` takes it.
         strict: whether a row that cannot be used stops the reading.
-        format: "auto", or which of `formats_detect.KEYS` the rows are in.
+        format: "auto", or which of `formats.detect.KEYS` the rows are in.
 
     Raises:
         InputError: the first row is malformed, of no known format or of several; or the chosen format does

@@ -16,8 +16,8 @@ from typing import Any
 
 import tokenizers
 
-from minirlhf.data.template import content, find_template, read_config
-from minirlhf.data.template_ids import ChatTemplate, bind_template
+from minirlhf.data.templates.ids import ChatTemplate, bind_template
+from minirlhf.data.templates.source import content, find_template, read_config
 from minirlhf.runs import InputError
 
 # The library's own record of a text is some 20 times its ids; a large file must not hold all of them.

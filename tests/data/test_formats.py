@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf.data.conversation import demonstration_of, messages_of, prompt_of, prompt_text
-from minirlhf.data.formats_detect import DEMONSTRATIONS, KEYS, PREFERENCES, PROMPTS
+from minirlhf.data.formats.detect import DEMONSTRATIONS, KEYS, PREFERENCES, PROMPTS
 from minirlhf.data.readers import (
     open_demonstrations,
     read_demonstrations,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirlhf.data.formats import ASSISTANT, HUMAN, parse_transcripts
+from minirlhf.data.formats.rows import ASSISTANT, HUMAN, parse_transcripts
 from minirlhf.data.jsonl import Line
 from minirlhf.data.readers import describe_dropped, read_demonstrations, read_preferences, read_prompts
 from minirlhf.data.records import Demonstration, Message, Preference, Prompt

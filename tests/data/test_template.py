@@ -17,7 +17,7 @@ from minirlhf.data.batches import (
 from minirlhf.data.conversation import demonstration, preference
 from minirlhf.data.readers import read_preferences
 from minirlhf.data.records import Demonstration, Message, Prompt
-from minirlhf.data.template import Source, compile_template, find_template
+from minirlhf.data.templates.source import Source, compile_template, find_template
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.runs import InputError
 from tests.data.chat_templates import CASES, CHATML, LLAMA3, VICUNA, Case, backend_of, write_checkpoint

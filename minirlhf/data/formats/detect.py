@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minirlhf.data.conversation import ASSISTANT, Unfit, demonstration_of, prompt_of
-from minirlhf.data.formats import (
+from minirlhf.data.formats.chats import CHAT, IMPLICIT, SHAREGPT, SHAREGPT_PREFERENCE, ULTRAFEEDBACK
+from minirlhf.data.formats.rows import (
     ALPACA,
     COMMON_PREFIX,
     COMPLETION,
@@ -24,8 +25,7 @@ from minirlhf.data.formats import (
     Format,
     Unusable,
 )
-from minirlhf.data.formats_chat import CHAT, IMPLICIT, SHAREGPT, SHAREGPT_PREFERENCE, ULTRAFEEDBACK
-from minirlhf.data.formats_trees import MESSAGE_TABLE, MESSAGE_TABLE_PREFERENCE, TREE, TREE_PREFERENCE
+from minirlhf.data.formats.trees import MESSAGE_TABLE, MESSAGE_TABLE_PREFERENCE, TREE, TREE_PREFERENCE
 from minirlhf.data.jsonl import Line, malformed
 from minirlhf.data.records import Demonstration, Preference, Prompt
 from minirlhf.runs import InputError

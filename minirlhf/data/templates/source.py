@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf.data.records import Message
-from minirlhf.data.template_sandbox import STEPS, Refused, Steps, bounded, open_sandbox
+from minirlhf.data.templates.sandbox import STEPS, Refused, Steps, bounded, open_sandbox
 from minirlhf.runs import InputError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

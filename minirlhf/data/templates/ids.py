@@ -21,8 +21,8 @@ from typing import NamedTuple
 import tokenizers
 
 from minirlhf.data.records import Message
-from minirlhf.data.template import Source, Template, compile_template
-from minirlhf.data.template_layout import MARK, Layout, Turn, lay_out, probe, require_prefix, turns
+from minirlhf.data.templates.layout import MARK, Layout, Turn, lay_out, probe, require_prefix, turns
+from minirlhf.data.templates.source import Source, Template, compile_template
 from minirlhf.runs import InputError
 
 _CUT = f"{MARK}cut{MARK}"
@@ -142,8 +142,7 @@ def bind_template(
 
     Raises:
         InputError: the template is not valid, cannot write a question and its answer, or its generation
-            prompt
-            is not the beginning of what it writes for the answer; or `eos` finds none.
+            prompt is not the beginning of what it writes for the answer; or `eos` finds none.
     """
     template = compile_template(source)
     # Runs of spaces that some vocabularies add as tokens are ordinary text, also in a template.

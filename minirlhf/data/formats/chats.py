@@ -10,7 +10,7 @@ from minirlhf.data.conversation import (
     read_turns,
     text,
 )
-from minirlhf.data.formats import Format
+from minirlhf.data.formats.rows import Format
 from minirlhf.data.jsonl import Line
 from minirlhf.data.records import Demonstration, Message, Preference
 

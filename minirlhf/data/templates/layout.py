@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from minirlhf.data.conversation import Unfit
 from minirlhf.data.records import Message
-from minirlhf.data.template import Template
-from minirlhf.data.template_sandbox import Refused
+from minirlhf.data.templates.sandbox import Refused
+from minirlhf.data.templates.source import Template
 from minirlhf.runs import InputError
 
 MARK = "\U0010fffd"
@@ -62,8 +62,7 @@ def lay_out(template: Template, messages: Sequence[Message], *, add_generation_p
 
     Raises:
         Unfit: the template refuses the conversation, leaves a message out, says one twice, or rewrites one;
-            or a
-            message holds the mark.
+            or a message holds the mark.
         InputError: the template fails.
     """
     if any(MARK in message.content for message in messages):

@@ -1,7 +1,7 @@
 """The formats of instruction and preference data: one function each, one JSON object -> text records.
 
-Here are those whose rows hold plain text, or either text or messages; chats are in `formats_chat`, trees in
-`formats_trees`, and `formats_detect` says which of them a file is in. To add a format, write its `parse` and
+Here are those whose rows hold plain text, or either text or messages; chats are in `chats`, trees in
+`trees`, and `detect` says which of them a file is in. To add a format, write its `parse` and
 name it there. A parse function refuses a wrong shape (`malformed`: the file is not what it seems) and returns
 `Unusable`, or raises `Unfit`, where the shape is right but the record teaches nothing (an empty response).
 Text is kept exactly: the response of an HH transcript begins with the space that follows `Assistant:`.

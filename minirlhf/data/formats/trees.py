@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minirlhf.data.conversation import Unfit, demonstration, preference, read_messages, text
-from minirlhf.data.formats import Format, Unusable
+from minirlhf.data.formats.rows import Format, Unusable
 from minirlhf.data.jsonl import Line, kind, malformed
 from minirlhf.data.records import Demonstration, Message, Preference
 
