@@ -18,7 +18,9 @@ from minirlhf.models.checkpoint import load_language_model, load_scalar_model, s
 from minirlhf.models.families import FAMILIES
 from minirlhf.recipes import RunConfig
 from minirlhf.runs import RunLayout, dump_config
-from minirlhf.training.setting import NormaliseConfig
+from minirlhf.training.inputs import read_pairs
+from minirlhf.training.setting import ChatTemplate, NormaliseConfig, ReadingConfig, Setting
+from minirlhf.training.workspace import load_policy
 from tests.miniature import write_files, write_rows
 
 CHATML = (
@@ -138,6 +140,28 @@ def test_the_whole_run_on_a_family_and_its_models_load_as_that_family(
         entries = json.loads((run.model(judge) / "config.json").read_text())
         assert entries["model_type"] == kind
         assert entries["architectures"] == [FAMILIES[kind].scalar_class]
+
+
+def test_conversations_are_written_by_the_models_template_or_as_transcripts_if_asked(
+    data: Path, tmp_path: Path
+) -> None:
+    model = make_model("SmolLM2", tmp_path / "SmolLM2", data)
+
+    def first_pair(chat_template: ChatTemplate) -> tuple[str, str]:
+        setting = Setting(0, "cpu", ReadingConfig(chat_template=chat_template), show=lambda line: None)
+        policy = load_policy(model, setting)
+        pair = read_pairs(policy, data / "chat.jsonl", setting).train[0].chosen
+        ids = [pair.ids[: pair.prompt_length], pair.ids[pair.prompt_length :]]
+        prompt, response = (policy.tokenizer.decode(part) for part in ids)
+        return prompt, response
+
+    prompt, response = first_pair("auto")
+    assert prompt.startswith("<|im_start|>user\nI want a ")
+    assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert response.startswith("Here is") and response.endswith("<|im_end|>")
+    prompt, response = first_pair("none")
+    assert prompt.startswith("\n\nHuman: I want a ") and prompt.endswith("\n\nAssistant:")
+    assert response.startswith(" Here is") and response.endswith("<|im_end|>")  # the end is the model's still
 
 
 FAST = ("--max-steps", "1", "--batch-size", "4", "--micro-batch-size", "4")

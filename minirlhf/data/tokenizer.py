@@ -8,7 +8,7 @@ comes along.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from minirlhf.data.templates.ids import ChatTemplate, bind_template
-from minirlhf.data.templates.source import content, find_template, read_config
+from minirlhf.data.templates.source import Source, content, find_template, read_config
 from minirlhf.runs import InputError
 
 # The library's own record of a text is some 20 times its ids; a large file must not hold all of them.
@@ -79,8 +79,19 @@ _EOS_IN_TEXT = (
 )
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def no_template(folder: Path) -> None:
+    """In place of `find_template`: conversations are written as transcripts, whatever the checkpoint has."""
+    del folder
+
+
+def load_tokenizer(
+    path: Path | str, *, template_of: Callable[[Path], Source | None] = find_template
+) -> Tokenizer:
     """Loads `tokenizer.json`, or a directory that contains it, and the chat template that stands beside it.
+
+    Args:
+        path: the file or the directory.
+        template_of: finds the chat template in the directory; `no_template` finds none.
 
     EOS is the token that the chat template ends an answer with. Where it writes none, or there is no
     template: "eos_token" of `tokenizer_config.json` if `config.json` names it among its `eos_token_id` (or
@@ -95,12 +106,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     settings = _read_settings(file)
     backend = _build(file, settings)
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    bos_id, source, template = _find_bos(file, backend, vocabulary), find_template(file.parent), None
+    bos_id, source, template = _find_bos(file, backend, vocabulary), template_of(file.parent), None
     if source is None:
         eos_id = _find_eos(file, vocabulary)
     else:
         eos_name = partial(_find_eos_name, file, vocabulary)
-        template = bind_template(source, _build(file, settings), eos=eos_name, bos_id=bos_id)
+        try:
+            template = bind_template(source, _build(file, settings), eos=eos_name, bos_id=bos_id)
+        except InputError as error:
+            raise InputError(
+                f"{error}; to write conversations as transcripts instead: --chat-template none"
+            ) from error
         eos_id = vocabulary[template.terminator]
     if _declare_special(settings, eos_id):
         backend = _build(file, settings)

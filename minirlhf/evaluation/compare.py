@@ -27,8 +27,9 @@ from minirlhf.evaluation.text import distinct_n, mean_length, repetition
 from minirlhf.evaluation.verdict import REFERENCE, Verdict, judged_verdict, verdict
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import tempered
-from minirlhf.rollout.sampler import EOS, Rollout, generate, responses
+from minirlhf.rollout.sampler import LENGTH, Rollout, generate, responses
 from minirlhf.runs import InputError
+from minirlhf.training.progress import sampling
 from minirlhf.training.rewards import Decoder, Scorer
 
 SFT = "sft"
@@ -66,7 +67,7 @@ class EvaluationConfig:
 class Answers(NamedTuple):
     """What one policy answered to P prompts, n times each, and what was said of it.
 
-    texts, ids: [P][n], without the stop token. ended: bool [P, n], whether EOS ended it.
+    texts, ids: [P][n], without the stop token. ended: bool [P, n], whether a stop id ended it.
     proxy: [P, n] the score that was trained on, None where no reward is named. judged: [P, n] the judge's.
     components: {name: [P, n]}.
     kl: [P, k] nats per response to SFT, of temperature-1 responses.
@@ -257,7 +258,7 @@ def _answers(
     return Answers(
         texts=[[tokenizer.decode(one) for one in of_prompt] for of_prompt in ids],
         ids=ids,
-        ended=table(rollout.stop_reason == EOS),
+        ended=table(rollout.stop_reason != LENGTH),
         proxy=None if proxy is None else table(proxy(rollout, index)),
         judged=table(judge.score(rollout, index)),
         components={part: table(value) for part, value in judge.components(rollout, index).items()},
@@ -278,17 +279,19 @@ def _sample(
 ) -> tuple[Rollout, Tensor]:
     """`samples` responses to each prompt, prompt by prompt, and the prompt that each row answers."""
     index = torch.arange(len(prompts)).repeat_interleave(samples)
-    rollout = generate(
-        model,
-        params,
-        [prompts[i] for i in index.tolist()],
-        law=partial(tempered, temperature=temperature),
-        max_new_tokens=max_response,
-        stop_ids=model.stop_ids,
-        seed=seed,
-        prompt_index=index,
-        sample_index=first_sample + torch.arange(samples).repeat(len(prompts)),
-    )
+    with sampling("evaluation", len(index) * max_response) as told:
+        rollout = generate(
+            model,
+            params,
+            [prompts[i] for i in index.tolist()],
+            law=partial(tempered, temperature=temperature),
+            max_new_tokens=max_response,
+            stop_ids=model.stop_ids,
+            seed=seed,
+            prompt_index=index,
+            sample_index=first_sample + torch.arange(samples).repeat(len(prompts)),
+            progress=told,
+        )
     return rollout, index
 
 

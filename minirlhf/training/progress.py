@@ -1,7 +1,7 @@
 """What a running stage shows: a bar on a terminal, now and then a plain line elsewhere; both on stderr."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -70,6 +70,41 @@ def counting(
             console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
     if due > after and console.is_terminal:
         console.print(f"{title}: {count:,} rows read", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def sampling(
+    title: str, most: int, *, console: Console | None = None, after: float = 5.0
+) -> Iterator[Callable[[int], None]]:
+    """A display for `rollout.sampler.generate(progress=...)`, once it takes long: tokens, rate, time left.
+
+    Args:
+        title: whose responses.
+        most: tokens, if every response has the greatest length; those that end sooner make it end sooner.
+        console: where to write; stderr by default. On a terminal the line renews itself.
+        after: seconds before the first line; each further one waits twice as long, on a terminal a second.
+    """
+    console = console or Console(stderr=True)
+    start, due = time.perf_counter(), after
+
+    def told(tokens: int) -> None:
+        nonlocal due
+        if (spent := time.perf_counter() - start) < due:
+            return
+        due = spent + 1 if console.is_terminal else 2 * spent
+        rate = tokens / max(spent, 1e-9)
+        left = int((most - tokens) / rate)
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        text = (
+            f"{title}: {tokens:,} of at most {most:,} tokens sampled, {rate:,.0f} tokens/s, "
+            f"ETA {clock} or less"
+        )
+        end = "\r" if console.is_terminal else "\n"
+        console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+
+    yield told
+    if due > after and console.is_terminal:
+        console.print()
 
 
 def _plain(meter: "_Meter", console: Console, plain_every: float) -> Advance:

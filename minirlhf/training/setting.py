@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from minirlhf.data.batches import Overlong
-from minirlhf.data.formats_detect import KEYS
+from minirlhf.data.formats.detect import KEYS
 from minirlhf.runs import InputError
 
+ChatTemplate = Literal["auto", "none"]
 Log = Callable[[int, str, dict[str, float]], None]
 """`log(step, stage, metrics)`: where a run collects the metrics of all its stages."""
 
@@ -66,6 +67,9 @@ class ReadingConfig:
     """Share of the prompts that is only reported on."""
     split_seed: int = 0
     """Of the cut by prompt; keep it from stage to stage."""
+    chat_template: ChatTemplate = "auto"
+    """How conversations are written: auto, by the checkpoint's own template where it has one; none, as
+    transcripts with Human: and Assistant: whatever it has. Keep it from stage to stage."""
     format: str = "auto"
     """Which format the rows are in, where detection asks; its question names the possible answers."""
 

@@ -23,7 +23,7 @@ from minirlhf.data.batches import tokenise_prompts
 from minirlhf.data.conversation import content_of
 from minirlhf.data.pair_tokenizer import PairTokenizer, load_pair_tokenizer
 from minirlhf.data.records import Prompt, collate
-from minirlhf.data.template import find_template
+from minirlhf.data.templates.source import find_template
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.models.encoder import EncoderModel
 from minirlhf.models.encoder_files import load_encoder

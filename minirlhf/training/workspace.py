@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from minirlhf.data.source import fingerprint
-from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.data.templates.source import find_template
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, no_template
 from minirlhf.models.checkpoint import Normalisation, load_language_model, load_scalar_model
 from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
@@ -46,6 +47,9 @@ class Checkpoint(NamedTuple):
     normalisation: Normalisation
 
 
+_TEMPLATE_OF = {"auto": find_template, "none": no_template}
+
+
 def load_policy(path: Path, setting: Setting) -> Checkpoint:
     """Reads a language model and its tokenizer: a directory, a GGUF file or a name on the hub.
 
@@ -54,20 +58,26 @@ def load_policy(path: Path, setting: Setting) -> Checkpoint:
     """
     device, path = resolve(setting.device), resolve_model(path)
     model, params = load_language_model(path)
-    return _loaded(path, model, params, Normalisation(0.0, 1.0), device)
+    return _loaded(path, model, params, Normalisation(0.0, 1.0), device, setting)
 
 
 def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
     """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
     device, path = resolve(setting.device), resolve_model(path)
     model, params, normalisation = load_scalar_model(path)
-    return _loaded(path, model, params, normalisation, device)
+    return _loaded(path, model, params, normalisation, device, setting)
 
 
 def _loaded(
-    path: Path, model: LanguageModel, params: Params, normalisation: Normalisation, device: torch.device
+    path: Path,
+    model: LanguageModel,
+    params: Params,
+    normalisation: Normalisation,
+    device: torch.device,
+    setting: Setting,
 ) -> Checkpoint:
-    tokenizer = load_tokenizer(path)
+    template_of = _TEMPLATE_OF[setting.reading.chat_template]
+    tokenizer = load_tokenizer(path, template_of=template_of)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model a vocabulary of only "

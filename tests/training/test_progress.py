@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from minirlhf.training.progress import progress
+from minirlhf.training.progress import progress, sampling
 
 
 def plain(plain_every: float, steps: int = 4) -> list[str]:
@@ -56,3 +56,18 @@ def test_nothing_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
         advance(10, {"loss": 1.0})
     captured = capsys.readouterr()
     assert captured.out == "" and "sft 1/1" in captured.err
+
+
+def test_long_sampling_says_tokens_rate_and_the_longest_that_it_can_still_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 4.0, 10.0, 15.0, 20.0])
+    monkeypatch.setattr("minirlhf.training.progress.time.perf_counter", lambda: next(clock))
+    out = io.StringIO()
+    with sampling("ours", 3000, console=Console(file=out), after=5.0) as told:
+        for tokens in (400, 1000, 1500, 2000):  # at 4 s too soon, at 15 s too soon again
+            told(tokens)
+    assert out.getvalue().splitlines() == [
+        "ours: 1,000 of at most 3,000 tokens sampled, 100 tokens/s, ETA 0:00:20 or less",
+        "ours: 2,000 of at most 3,000 tokens sampled, 100 tokens/s, ETA 0:00:10 or less",
+    ]

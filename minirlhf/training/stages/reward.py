@@ -17,6 +17,7 @@ from minirlhf.runs import InputError
 from minirlhf.training import reward_model as reward_page
 from minirlhf.training.baselines import FITTED_PAIRS, bag_of_words_accuracy, length_only_accuracy
 from minirlhf.training.inputs import Parts, context_of, read_pairs, tokenise_pairs
+from minirlhf.training.progress import sampling
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.setting import NormaliseConfig, Setting, generator_for, seed_for
 from minirlhf.training.stages.around import Metrics, prompts_of, save_scalar, tell
@@ -98,14 +99,16 @@ def respond(
         )
     episode = torch.arange(config.rollouts)
     index = episode % len(fitting)
-    return generate(
-        start.model,
-        start.params,
-        [fitting[i] for i in index.tolist()],
-        law=partial(tempered, temperature=config.temperature),
-        max_new_tokens=config.max_response,
-        stop_ids=start.model.stop_ids,
-        seed=seed_for(setting, "reward normalisation"),
-        prompt_index=index,
-        sample_index=episode // len(fitting),
-    )
+    with sampling("normalisation", config.rollouts * config.max_response) as told:
+        return generate(
+            start.model,
+            start.params,
+            [fitting[i] for i in index.tolist()],
+            law=partial(tempered, temperature=config.temperature),
+            max_new_tokens=config.max_response,
+            stop_ids=start.model.stop_ids,
+            seed=seed_for(setting, "reward normalisation"),
+            prompt_index=index,
+            sample_index=episode // len(fitting),
+            progress=told,
+        )
