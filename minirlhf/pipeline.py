@@ -7,10 +7,9 @@ pairs that no other stage has seen.
 """
 
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from minirlhf.data import world_files
-from minirlhf.data.conversation import demonstration_of, prompt_of
-from minirlhf.data.readers import describe_dropped, read_preferences, row_of
-from minirlhf.data.records import Demonstration, Preference, Prompt
+from minirlhf.data.preference_files import write_preference_files
+from minirlhf.data.readers import open_preferences
 from minirlhf.data.source import fingerprint
-from minirlhf.data.splits import split_by_prompt
 from minirlhf.evaluation.stage import evaluate
 from minirlhf.models.sources import resolve_model
 from minirlhf.recipes import RunConfig
@@ -40,6 +37,7 @@ from minirlhf.training import stages
 from minirlhf.training.device import resolve
 from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
 from minirlhf.training.http_reward import RemoteConfig
+from minirlhf.training.progress import counting
 from minirlhf.training.reward_sources import Reward, of_reward_model, open_reward
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import load_policy, refuse_existing
@@ -212,23 +210,17 @@ def _tell_accuracies(metrics: dict[str, float], bayes_accuracy: float | None) ->
 
 def _split_preferences(preferences: Path, folder: Path, config: RunConfig, *, judge_share: float) -> None:
     """Cuts real pairs by prompt into the policies' and the judge's, and writes the run's files."""
-    loaded = read_preferences(preferences, strict=config.reading.strict, format=config.reading.format)
-    print(loaded.decision)
-    print(describe_dropped(loaded.dropped, total=len(loaded.rows) + len(loaded.dropped)))
-    fractions = (1 - judge_share, 0.0, judge_share)
+    reading = config.reading
+    opened = open_preferences(preferences, strict=reading.strict, format=reading.format)
+    print(opened.decision)
+    rows = counting(opened.rows, f"{preferences}")
     # Another seed than the stages' own cut, or the judge's prompts would all lie in one of their splits.
-    ours, _, judges = split_by_prompt(loaded.rows, fractions=fractions, seed=config.reading.split_seed + 1)
-    _write_rows(folder / "preferences.jsonl", ours)
-    if judges:
-        _write_rows(folder / "judge_preferences.jsonl", judges)
-    _write_rows(folder / "demonstrations.jsonl", map(demonstration_of, ours))
-    _write_rows(folder / "prompts.jsonl", map(prompt_of, ours))
-    print(f"{preferences}: {len(ours)} pairs to learn from, {len(judges)} of other prompts for the judge")
-
-
-def _write_rows(path: Path, records: Iterable[Demonstration | Preference | Prompt]) -> None:
-    rows = (json.dumps(row_of(record), ensure_ascii=False) for record in records)
-    write_text_atomic(path, "".join(row + "\n" for row in rows))
+    seed = reading.split_seed + 1
+    written = write_preference_files(rows, folder, judge_share=judge_share, seed=seed)
+    print(written.dropped)
+    print(
+        f"{preferences}: {written.ours} pairs to learn from, {written.judges} of other prompts for the judge"
+    )
 
 
 @contextmanager
