@@ -175,6 +175,32 @@ def test_group_is_rewarded_by_a_rule_of_the_working_directory(
     assert {row["stage"] for row in read_metrics(tmp_path / "out/metrics.jsonl")} == {"rloo"}
 
 
+def test_pairs_of_a_policys_own_responses_train_dpo(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wordy.py").write_text(
+        "import torch\ndef length(prompts, responses, facts):\n"
+        "    return torch.tensor([float(len(set(text))) for text in responses])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    pairs, prompts = tmp_path / "pairs.jsonl", made / "data/prompts.jsonl"
+    sampling = ("--max-response", 12, "--samples", 40, "--margin", 1.0, "--temperature", 1.0)
+    assert command("pairs", pairs, "--policy", made / "sft", "--data", prompts, "--reward", "wordy:length",
+                   *sampling) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert rows and all(len(set(row["chosen"])) > len(set(row["rejected"])) for row in rows)
+    asked = {json.loads(line)["prompt"] for line in prompts.read_text().splitlines()}
+    assert {row["prompt"] for row in rows} <= asked
+    advice = re.search(r"--max-length \d+ --overlong truncate", said)
+    reading = advice[0].split() if advice else []
+    shares = ("--validation", 0.3, "--test", 0.3)  # few pairs: every part must get some
+    assert command("dpo", tmp_path / "dpo", "--policy", made / "sft", "--data", pairs, *FAST, *reading,
+                   *shares) == 0  # fmt: skip
+    again = command("pairs", pairs, "--policy", made / "sft", "--data", prompts, "--reward", "wordy:length")
+    assert again == 2 and "exists already" in capsys.readouterr().err
+
+
 def test_group_takes_either_estimator_and_says_which(made: Path, tmp_path: Path) -> None:
     given = ("--estimator", "group-normalised", "--kl-coefficient", 0.25)
     assert command("group", tmp_path / "out", *arguments("group", made), *given) == 0

@@ -3,7 +3,7 @@
 from minirlhf.commands.common import Command
 from minirlhf.commands.judging import Evaluate
 from minirlhf.commands.models import Import, Model
-from minirlhf.commands.on_policy import PPO, Group
+from minirlhf.commands.on_policy import PPO, Group, Pairs
 from minirlhf.commands.stages import DPO, IPO, SFT, Pretrain, Reward
 from minirlhf.commands.whole import Run, World
 from minirlhf.verify.command import Verify
@@ -20,6 +20,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reward": Reward,
     "ppo": PPO,
     "group": Group,
+    "pairs": Pairs,
     "dpo": DPO,
     "ipo": IPO,
     "evaluate": Evaluate,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from minirlhf.commands.common import Common, Flat
+from minirlhf.commands.common import Common, Device, Flat
 from minirlhf.recipes import bounded
 from minirlhf.training import stages
 from minirlhf.training.group_config import GroupConfig
@@ -12,6 +12,8 @@ from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO
 from minirlhf.training.http_reward import RemoteConfig
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.reward_sources import the_one_reward
+from minirlhf.training.setting import ReadingConfig, Setting
+from minirlhf.training.stages.own_pairs import OwnPairsConfig, own_pairs
 
 Estimator = Literal["rloo", "group-normalised"]
 ESTIMATORS = {objective.name: objective for objective in (RLOO, GROUP_NORMALISED)}
@@ -82,3 +84,39 @@ class Group(OnPolicy):
             setting=self.setting,
             name=self.estimator,
         )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Makes preferences of the policy's own responses: the best and the worst of several, by any reward."""
+
+    policy: Path
+    """The model that responds: a directory, a .gguf file or a hub name."""
+    data: Path
+    """Prompts, of which the test share is left alone: any of the known formats."""
+    out: Path
+    """File to write (.jsonl); must not exist."""
+    reward_model: Path | None = None
+    """Directory of the reward model; this or --reward, which takes it, too."""
+    reward: str | None = None
+    """SOURCE of the reward: a reward model's directory or name, module:function, or http(s)://host/path."""
+    config: Path | None = None
+    """A TOML file as every run leaves one (RUN/config.toml); flags override it."""
+    seed: int = 0
+    """Of the responses."""
+    device: Device = "auto"
+    """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
+    reading: Flat[ReadingConfig] = field(default_factory=ReadingConfig)
+    remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
+    pairs: Flat[OwnPairsConfig] = field(default_factory=OwnPairsConfig)
+
+    def run(self) -> None:
+        """Samples, writes the file, and says how DPO should read it."""
+        setting = Setting(self.seed, self.device, self.reading)
+        reward = the_one_reward(self.reward_model, self.reward, setting, remote=self.remote)
+        made = own_pairs(self.policy, reward, self.data, self.out, config=self.pairs, setting=setting)
+        if made.max_length is not None:
+            print(
+                "some rejected responses were stopped by the length limit; so that DPO does not read an end "
+                f"behind them, give it --max-length {made.max_length} --overlong truncate"
+            )

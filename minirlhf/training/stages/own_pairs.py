@@ -26,6 +26,7 @@ from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import LENGTH, Rollout, generate, responses
 from minirlhf.runs import InputError, write_text_atomic
 from minirlhf.training.inputs import PromptRow, context_of, read_prompt_rows
+from minirlhf.training.progress import sampling
 from minirlhf.training.reward_sources import Reward
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import Checkpoint, load_policy
@@ -161,18 +162,20 @@ def _sample(
 ) -> tuple[Rollout, Tensor]:
     """k responses to each prompt, prompt by prompt, and the prompt that each row answers."""
     index = torch.arange(len(prompts)).repeat_interleave(config.samples)
-    rollout = generate(
-        start.model,
-        start.params,
-        [prompts[i].ids for i in index.tolist()],
-        law=partial(tempered, temperature=config.temperature),
-        max_new_tokens=config.max_response,
-        stop_ids=start.model.stop_ids,
-        seed=seed,
-        prompt_index=index,
-        sample_index=torch.arange(config.samples).repeat(len(prompts)),
-        batch_size=config.sampling_batch_size,
-    )
+    with sampling("own pairs", len(index) * config.max_response) as told:
+        rollout = generate(
+            start.model,
+            start.params,
+            [prompts[i].ids for i in index.tolist()],
+            law=partial(tempered, temperature=config.temperature),
+            max_new_tokens=config.max_response,
+            stop_ids=start.model.stop_ids,
+            seed=seed,
+            prompt_index=index,
+            sample_index=torch.arange(config.samples).repeat(len(prompts)),
+            batch_size=config.sampling_batch_size,
+            progress=told,
+        )
     return rollout, index
 
 
