@@ -63,6 +63,7 @@ def test_every_number_of_a_row_is_recomputed_from_texts_and_scores(done: Compari
     assert [row.policy for row in done.rows] == ["sft", "ppo", "dpo"]
     for row in done.rows:
         given, against = done.answers[row.policy], done.opponent
+        assert given.proxy is not None and against.proxy is not None and row.score_gain is not None
         texts = [text for of_prompt in given.texts for text in of_prompt]
         facts = [fact for fact in FACTS for _ in range(3)]
         gold = world.gold_score(texts, texts, facts).view(12, 3)

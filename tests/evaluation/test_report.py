@@ -64,6 +64,7 @@ def test_table_and_markdown_show_the_numbers_of_the_rows(comparison: Comparison)
     for row in comparison.rows:
         line = next(line for line in shown.splitlines() if line.split()[:1] == [row.policy])
         mean, low, high = (f"{100 * value:.1f}" for value in row.win_rate)
+        assert row.score is not None
         wanted = [
             f"{row.score.mean:+.2f}",
             f"{mean} [{low}, {high}]",
@@ -147,6 +148,7 @@ def test_every_number_is_made_again_from_the_written_samples(comparison: Compari
 
 def test_an_interval_that_the_data_do_not_allow_is_null_in_json(comparison: Comparison) -> None:
     still = comparison.rows[0]
+    assert still.score is not None
     vars(still)["score"] = still.score._replace(low=float("-inf"), high=float("inf"))
     written = as_json(comparison._replace(rows=[still]))["rows"][0]["score"]
     assert written == {"mean": still.score.mean, "low": None, "high": None}
