@@ -59,7 +59,7 @@ FULL = Plan(
         prompts=64, samples=4, temperature=TEMPERATURE, max_response=OPENING, examples=4
     ),
     pairs=None,
-    longest_pair=192,
+    longest_pair=256,
     reward=RewardConfig(
         learning_rate=1e-5, batch_size=16, micro_batch_size=4, evaluate_every=24, log_every=4
     ),
