@@ -65,8 +65,8 @@ class Options:
     preferences: Path = REAL_PAIRS
     """Real preferences for the reward model; where there is no such file it is left out."""
     longest_pair: int | None = None
-    """Most tokens of a real pair's side; longer pairs are dropped, counted and shown. None for the plan's: 256,
-    which leaves 1,150 pairs, or 128 of a quick run."""
+    """Most tokens of a real pair's side; longer pairs are dropped, counted and shown. None for the plan's:
+    256, which leaves 1,150 pairs; 128 of a quick run."""
     seed: int = 0
     """Of everything random."""
     threads: int | None = None
