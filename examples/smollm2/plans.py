@@ -48,9 +48,9 @@ FULL = Plan(
         evaluate_every=16, log_every=4,
     ),
     group=GroupConfig(
-        iterations=20, prompts_per_batch=16, samples_per_prompt=4, epochs=1, minibatches=2,
+        iterations=12, prompts_per_batch=16, samples_per_prompt=4, epochs=1, minibatches=2,
         micro_batch_size=16, max_response=OPENING, temperature=TEMPERATURE, missing_eos_penalty=0.0,
-        kl_coefficient=0.01, learning_rate=4e-5, final_rate=0.1, evaluate_every=10,
+        kl_coefficient=0.01, learning_rate=4e-5, final_rate=0.1, evaluate_every=6,
     ),
     brief=EvaluationConfig(
         prompts=64, samples=2, temperature=TEMPERATURE, max_response=ANSWER, examples=4
