@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minirlhf.data.records import RewardFn
-from minirlhf.models.checkpoint import Normalisation
-from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.sampler import Rollout, responses
 from minirlhf.training.prompt_rows import PromptRow
 from minirlhf.training.reward_sources import Reward
-from minirlhf.training.rewards import Decoder, Scorer, reward_model_scorer, text_scorer
+from minirlhf.training.rewards import Decoder, Scorer, text_scorer
 from minirlhf.training.workspace import Checkpoint
 
 TextComponents = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Mapping[str, Tensor]]
@@ -57,17 +55,6 @@ def gold_judge(
         return {part: value.to(rollout.tokens.device) for part, value in found.items()}
 
     return Judge(name, text_scorer(score, tokenizer, prompts, facts), parts)
-
-
-def reward_model_judge(
-    model: LanguageModel,
-    params: Params,
-    normalisation: Normalisation,
-    *,
-    name: str = "second reward model",
-) -> Judge:
-    """A reward model that was trained on other pairs than the policies' own; it reads the sampled ids."""
-    return Judge(name, reward_model_scorer(model, params, normalisation), _no_parts)
 
 
 def reward_judge(

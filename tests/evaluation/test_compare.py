@@ -1,6 +1,7 @@
 """Every number of the table is a function of raw answers, against independent SFT samples."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from minirlhf.evaluation.compare import Comparison, EvaluationConfig, compare
 from minirlhf.evaluation.divergence import kl_to_reference
-from minirlhf.evaluation.judges import gold_judge, reward_model_judge
+from minirlhf.evaluation.judges import gold_judge, reward_judge
 from minirlhf.evaluation.statistics import mean_difference, mean_over_prompts, win_rate
 from minirlhf.evaluation.verdict import verdict
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import with_scalar_head
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
+from minirlhf.training.reward_sources import Reward
 from minirlhf.training.rewards import reward_model_scorer
 from tests.evaluation import world
 
@@ -172,7 +174,10 @@ def test_the_kl_column_is_the_tested_function_on_the_shown_responses(done: Compa
 def test_a_second_reward_model_judges_the_sampled_ids_and_has_no_components() -> None:
     params = with_scalar_head(world.model(), world.policy(5), generator=torch.Generator().manual_seed(0))
     normalisation = Normalisation(0.3, 2.0)
-    second = reward_model_judge(world.model(), params, normalisation)
+    scorer = reward_model_scorer(world.model(), params, normalisation)
+    reward = Reward("by path", lambda policy, prompts, room: scorer, {"reward_model": Path("a/judge")}, {})
+    policy: Any = None  # the scorer reads the sampled ids alone
+    second = reward_judge(reward, policy, [], max_response=2)
     rollout = Rollout(
         torch.tensor([[1, 2, 3, 0], [4, 5, 9, 9]]),
         torch.tensor([1, 2]),
@@ -183,9 +188,8 @@ def test_a_second_reward_model_judges_the_sampled_ids_and_has_no_components() ->
         torch.tensor(0),
     )
     index = torch.arange(2)
-    scorer = reward_model_scorer(world.model(), params, normalisation)
     assert torch.equal(second.score(rollout, index), scorer(rollout, index))
-    assert second.components(rollout, index) == {} and second.name == "second reward model"
+    assert second.components(rollout, index) == {} and second.name == "second reward model (judge)"
     assert scorer(rollout, index).unique().numel() == 2
 
 
