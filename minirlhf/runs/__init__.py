@@ -9,6 +9,7 @@ Each file or directory appears whole or not at all. Nothing here knows what the 
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.runs.allocator import keep_freed_memory
 from minirlhf.runs.config import dump_config, load_config
 from minirlhf.runs.files import InputError, atomic_directory, sha256_of, write_json_atomic, write_text_atomic
 from minirlhf.runs.manifest import manifest
@@ -20,6 +21,7 @@ __all__ = [
     "RunLayout",
     "atomic_directory",
     "dump_config",
+    "keep_freed_memory",
     "load_config",
     "manifest",
     "read_metrics",
