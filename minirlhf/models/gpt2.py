@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
 from minirlhf.runs import InputError
 
 
@@ -112,19 +112,17 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     return _linear(params["c_proj"], F.gelu(_linear(params["c_fc"], x), approximate="tanh"))
 
 
-def hidden(params: Params, tokens: Tensor, *, config: GPT2Config) -> Tensor:
-    """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+def states(
+    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPT2Config
+) -> Tensor:
+    """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
-    Attention is causal, so right padding reaches no valid position and needs no mask.
-
-    Raises:
-        ValueError: T exceeds the context. Nothing is cropped.
+    Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    _check_fits(tokens.shape[1], config)
-    x = F.embedding(tokens, params["wte"]["weight"]) + params["wpe"]["weight"][: tokens.shape[1]]
-    for block in params["h"]:
+    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    for layer, block in enumerate(params["h"]):
         q, k, v = _heads(block["attn"], _norm(block["ln_1"], x, config), config)
-        x = x + _merge(block["attn"], F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        x = x + _merge(block["attn"], attend(layer, q, k, v, scale=None, window=None))
         x = x + _mlp(block["mlp"], _norm(block["ln_2"], x, config))
     return _norm(params["ln_f"], x, config)
 
@@ -134,58 +132,14 @@ def unembedding(params: Params) -> Tensor:
     return params["wte"]["weight"]
 
 
-def new_cache(params: Params, batch: int, capacity: int, *, config: GPT2Config) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` tokens, in the parameters' dtype and device.
-
-    Raises:
-        ValueError: the capacity exceeds the context.
-    """
-    _check_fits(capacity, config)
-    shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
-    like = params["wte"]["weight"]
-    return Cache(
-        keys=[like.new_zeros(shape) for _ in range(config.n_layer)],
-        values=[like.new_zeros(shape) for _ in range(config.n_layer)],
-    )
-
-
-def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, config: GPT2Config) -> Tensor:
-    """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
-
-    Writes keys and values of row b into slots start[b] .. start[b] + T - 1. Token i of row b attends to
-    slots 0 .. start[b] + i, so rows of unequal length share a batch without left padding. A row that is
-    shorter than T within the chunk leaves garbage behind its end, which its next call overwrites.
-
-    Raises:
-        ValueError: a row would grow past the cache's capacity; nothing was written.
-    """
-    batch, time = tokens.shape
-    positions = start[:, None] + torch.arange(time, device=tokens.device)  # [B, T]
-    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
-    if end > capacity:
-        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
-    rows = torch.arange(batch, device=tokens.device)[:, None]
-    visible = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, S]
-    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
-    for block, keys, values in zip(params["h"], cache.keys, cache.values, strict=True):
-        q, k, v = _heads(block["attn"], _norm(block["ln_1"], x, config), config)
-        keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H, Dh], advanced indices first
-        values[rows, :, positions] = v.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=visible)
-        x = x + _merge(block["attn"], attended)
-        x = x + _mlp(block["mlp"], _norm(block["ln_2"], x, config))
-    return _norm(params["ln_f"], x, config)
-
-
 def bind(config: GPT2Config) -> LanguageModel:
     """The functions of this page, bound to one config."""
     return LanguageModel(
         config=config,
         init=partial(init_params, config=config),
-        hidden=partial(hidden, config=config),
+        states=partial(states, config=config),
         unembedding=unembedding,
-        new_cache=partial(new_cache, config=config),
-        extend_=partial(extend_, config=config),
+        cache=CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head),
         stop_ids=(config.eos_token_id,),
     )
 
@@ -233,11 +187,6 @@ def to_huggingface(config: GPT2Config) -> dict[str, Any]:
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     names = {"model_type": "gpt2", "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id}
     return names | asdict(config) | options | dropout
-
-
-def _check_fits(length: int, config: GPT2Config) -> None:
-    if length > config.n_positions:
-        raise ValueError(f"sequence of {length} tokens exceeds the context of {config.n_positions}")
 
 
 def _is_int(value: object) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
 from minirlhf.runs import InputError
 
 
@@ -113,19 +113,6 @@ def _heads(params: Params, x: Tensor, config: GPTNeoConfig) -> tuple[Tensor, Ten
     return split("q_proj"), split("k_proj"), split("v_proj")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """softmax(q·k) v over the visible slots. Unscaled scores are large, so they are at least fp32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
-
-
-def _masks(positions: Tensor, end: int, config: GPTNeoConfig) -> dict[str, Tensor]:
-    """Which slots before `end` tokens at `positions` [..., T] see, by kind of layer: [..., T, end]."""
-    back = positions[..., None] - torch.arange(end, device=positions.device)  # how far back a slot lies
-    return {"global": back >= 0, "local": (back >= 0) & (back < config.window_size)}
-
-
 def _add(block: Params, x: Tensor, attended: Tensor, config: GPTNeoConfig) -> Tensor:
     """The residual stream after attention [B, H, T, Dh] and feed-forward."""
     merged = attended.to(x.dtype).transpose(1, 2).flatten(2)
@@ -134,19 +121,20 @@ def _add(block: Params, x: Tensor, attended: Tensor, config: GPTNeoConfig) -> Te
     return x + _linear(block["mlp"]["c_proj"], inner)
 
 
-def hidden(params: Params, tokens: Tensor, *, config: GPTNeoConfig) -> Tensor:
-    """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+def states(
+    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPTNeoConfig
+) -> Tensor:
+    """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
-    Attention looks back only, so right padding reaches no valid position and needs no mask.
-    A T beyond the context is a ValueError; nothing is cropped.
+    Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    time = tokens.shape[1]
-    _check_fits(time, config)
-    masks = _masks(torch.arange(time, device=tokens.device), time, config)  # each [T, T]
-    x = F.embedding(tokens, params["wte"]["weight"]) + params["wpe"]["weight"][:time]
-    for block, kind in zip(params["h"], config.attention_layers, strict=True):
+    windows = {"global": None, "local": config.window_size}
+    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for layer, (block, kind) in enumerate(zip(params["h"], config.attention_layers, strict=True)):
         q, k, v = _heads(block["attn"]["attention"], _norm(block["ln_1"], x, config), config)
-        x = _add(block, x, _attend(q, k, v, masks[kind]), config)
+        # Scores are not scaled: they are large, so at least fp32.
+        x = _add(block, x, attend(layer, q.to(wide), k, v, scale=1.0, window=windows[kind]), config)
     return _norm(params["ln_f"], x, config)
 
 
@@ -155,48 +143,14 @@ def unembedding(params: Params) -> Tensor:
     return params["wte"]["weight"]
 
 
-def new_cache(params: Params, batch: int, capacity: int, *, config: GPTNeoConfig) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` tokens (a ValueError beyond the context)."""
-    _check_fits(capacity, config)
-    shape = (batch, config.num_heads, capacity, config.hidden_size // config.num_heads)
-    like, layers = params["wte"]["weight"], range(config.num_layers)
-    return Cache([like.new_zeros(shape) for _ in layers], [like.new_zeros(shape) for _ in layers])
-
-
-def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, config: GPTNeoConfig) -> Tensor:
-    """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
-
-    Writes keys and values of row b into slots start[b] .. start[b] + T - 1; its token i attends to slots
-    up to start[b] + i. A row shorter than T leaves garbage behind its end, which its next call overwrites.
-
-    Raises:
-        ValueError: a row would grow past the cache's capacity; nothing was written.
-    """
-    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
-    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
-    if end > capacity:
-        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    masks = _masks(positions[:, None], end, config)  # each [B, 1, T, S]
-    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
-    layers = zip(params["h"], config.attention_layers, cache.keys, cache.values, strict=True)
-    for block, kind, keys, values in layers:
-        q, k, v = _heads(block["attn"]["attention"], _norm(block["ln_1"], x, config), config)
-        keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H, Dh], advanced indices first
-        values[rows, :, positions] = v.transpose(1, 2)
-        x = _add(block, x, _attend(q, keys[:, :, :end], values[:, :, :end], masks[kind]), config)
-    return _norm(params["ln_f"], x, config)
-
-
 def bind(config: GPTNeoConfig) -> LanguageModel:
     """The functions of this page, bound to one config."""
     return LanguageModel(
         config=config,
         init=partial(init_params, config=config),
-        hidden=partial(hidden, config=config),
+        states=partial(states, config=config),
         unembedding=unembedding,
-        new_cache=partial(new_cache, config=config),
-        extend_=partial(extend_, config=config),
+        cache=CacheShape(config.num_layers, config.num_heads, config.hidden_size // config.num_heads),
         stop_ids=(config.eos_token_id,),
     )
 
@@ -243,8 +197,3 @@ def to_huggingface(config: GPTNeoConfig) -> dict[str, Any]:
         ("resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"), 0.0
     )
     return {"model_type": "gpt_neo"} | asdict(config) | layers | options | dropout
-
-
-def _check_fits(length: int, config: GPTNeoConfig) -> None:
-    if length > config.n_positions:
-        raise ValueError(f"sequence of {length} tokens exceeds the context of {config.n_positions}")

@@ -6,24 +6,53 @@ evaluation never learn which family they run.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Any]
 """Nested dicts and lists of tensors under the checkpoint's names: `params["h"][3]["ln_1"]["weight"]`."""
 
 
-class Cache(NamedTuple):
-    """Keys and values of every layer, allocated once at full capacity S by whoever samples.
+class Attend(Protocol):
+    """How queries find the keys before them: within the sequence (`causal`), or in a cache (rollout).
 
-    keys: L tensors [B, H, S, Dh]; values: likewise. Slots beyond a row's length hold garbage that no
-    query attends to.
+    Args:
+        layer: which layer asks, counted from 0.
+        q: [B, H, T, Dh].
+        k, v: [B, H_kv, T, Dh] of the same tokens; heads of a group of H / H_kv share them.
+        scale: what the scores are multiplied by; None for 1 / √Dh.
+        window: how many tokens a query sees, itself included; None for all that are not after it.
+
+    Returns:
+        softmax(scale q·k) v, [B, H, T, Dh], in the dtype of q.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor: ...
+
+
+def causal(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """`Attend` within the sequence: a token sees itself and what lies before it."""
+    k, v, time, shared = k.to(q.dtype), v.to(q.dtype), q.shape[2], q.shape[1] != k.shape[1]
+    if window is None or window >= time:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    at = torch.arange(time, device=q.device)
+    visible = (at <= at[:, None]) & (at > at[:, None] - window)  # [T, T]
+    return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=shared)
+
+
+class CacheShape(NamedTuple):
+    """What a token leaves behind for later ones: keys and values [heads, width] in each of the layers."""
+
+    layers: int
+    heads: int
+    width: int
 
 
 class LanguageModel(NamedTuple):
@@ -31,26 +60,34 @@ class LanguageModel(NamedTuple):
 
     config: frozen dataclass; has at least `vocab_size`, `n_positions`, `eos_token_id`.
     init: generator -> fresh parameters.
-    hidden: (params, tokens [B, T]) -> [B, T, D], final norm applied. Causal: right padding changes nothing.
+    states: (params, tokens [B, T], positions [T] or [B, T], attend) -> [B, T, D], final norm applied. The
+        one forward pass of a family: `hidden` calls it for whole sequences, a sampler for parts of them.
     unembedding: params -> [V, D].
-    new_cache: (params, batch, capacity) -> Cache on the device and in the dtype of the parameters.
-    extend_: (params, tokens [B, T], start [B], cache) -> hidden [B, T, D]; writes the cache at
-        start[b] .. start[b] + T - 1 of row b and attends to what lies before in row b, as far as the family
-        looks back.
+    cache: what a cache has to hold per token.
     stop_ids: tokens that end a response, EOS first; a directory may name several.
     head: the entry of the parameters that only `unembedding` reads; None where that is the token embedding.
-
-    What is longer than the context or the cache is a ValueError, never cropped.
     """
 
     config: Any
     init: Callable[[torch.Generator], Params]
-    hidden: Callable[[Params, Tensor], Tensor]
+    states: Callable[[Params, Tensor, Tensor, Attend], Tensor]
     unembedding: Callable[[Params], Tensor]
-    new_cache: Callable[[Params, int, int], Cache]
-    extend_: Callable[[Params, Tensor, Tensor, Cache], Tensor]
+    cache: CacheShape
     stop_ids: tuple[int, ...]
     head: str | None = None
+
+    def hidden(self, params: Params, tokens: Tensor) -> Tensor:
+        """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+
+        Attention is causal, so right padding reaches no valid position and needs no mask.
+
+        Raises:
+            ValueError: T exceeds the context. Nothing is cropped.
+        """
+        time, context = tokens.shape[1], self.config.n_positions
+        if time > context:
+            raise ValueError(f"sequence of {time} tokens exceeds the context of {context}")
+        return self.states(params, tokens, torch.arange(time, device=tokens.device), causal)
 
 
 def aligned(hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
 from minirlhf.models.llama_config import FULL, SLIDING, LlamaConfig, RopeParameters
 
 
@@ -137,10 +137,7 @@ def _heads(params: Params, x: Tensor, rotations: tuple[Tensor, Tensor], config: 
     return [_rotate(q, rotations), _rotate(k, rotations), v]
 
 
-def _attend(params: Params, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """visible: bool [.., T, S]; None for all that is not in the future. Heads of a group share their keys."""
-    causal = visible is None
-    attended = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=True)
+def _merge(params: Params, attended: Tensor) -> Tensor:
     return _linear(params["o_proj"], attended.transpose(1, 2).flatten(2))
 
 
@@ -149,25 +146,19 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     return _linear(params["down_proj"], gated)
 
 
-def hidden(params: Params, tokens: Tensor, *, config: LlamaConfig) -> Tensor:
-    """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+def states(
+    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: LlamaConfig
+) -> Tensor:
+    """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
-    Attention is causal, so right padding reaches no valid position and needs no mask.
-
-    Raises:
-        ValueError: T exceeds the context. Nothing is cropped.
+    Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    time, window = tokens.shape[1], config.sliding_window
-    _check_fits(time, config)
-    at = torch.arange(time, device=tokens.device)
-    masks: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
-    if window is not None and window < time:
-        masks[SLIDING] = (at <= at[:, None]) & (at > at[:, None] - window)  # [T, T]
+    windows = {FULL: None, SLIDING: config.sliding_window}
     x = F.embedding(tokens, params["embed_tokens"]["weight"])
-    rotations = _rotations(at, x, config)
-    for block, kind in zip(params["layers"], config.layer_types, strict=True):
+    rotations = _rotations(positions[..., None, :], x, config)  # the same for all heads
+    for layer, (block, kind) in enumerate(zip(params["layers"], config.layer_types, strict=True)):
         q, k, v = _heads(block["self_attn"], _norm(block["input_layernorm"], x, config), rotations, config)
-        x = x + _attend(block["self_attn"], q, k, v, masks[kind])
+        x = x + _merge(block["self_attn"], attend(layer, q, k, v, scale=None, window=windows[kind]))
         x = x + _mlp(block["mlp"], _norm(block["post_attention_layernorm"], x, config))
     return _norm(params["norm"], x, config)
 
@@ -177,64 +168,14 @@ def unembedding(params: Params, *, config: LlamaConfig) -> Tensor:
     return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
 
 
-def new_cache(params: Params, batch: int, capacity: int, *, config: LlamaConfig) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` tokens, in the parameters' dtype and device.
-
-    Raises:
-        ValueError: the capacity exceeds the context.
-    """
-    _check_fits(capacity, config)
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    like = params["embed_tokens"]["weight"]
-    layers = range(config.num_hidden_layers)
-    return Cache(keys=[like.new_zeros(shape) for _ in layers], values=[like.new_zeros(shape) for _ in layers])
-
-
-def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, config: LlamaConfig) -> Tensor:
-    """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
-
-    Writes keys (rotated) and values of row b into slots start[b] .. start[b] + T - 1. Token i of row b
-    attends to slots 0 .. start[b] + i, in sliding layers to the last `sliding_window` of them. What a short
-    row leaves behind its end, its next call overwrites.
-
-    Raises:
-        ValueError: a row would grow past the cache's capacity; nothing was written.
-    """
-    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
-    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
-    if end > capacity:
-        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    slots, now = torch.arange(end, device=tokens.device), positions[:, None, :, None]
-    visible = slots <= now  # [B, 1, T, S]
-    masks = {FULL: visible, SLIDING: visible & (slots > now - (config.sliding_window or capacity))}
-    x = F.embedding(tokens, params["embed_tokens"]["weight"])
-    rotations = _rotations(positions[:, None], x, config)
-    for block, kind, keys, values in zip(params["layers"], config.layer_types, *cache, strict=True):
-        q, k, v = _heads(block["self_attn"], _norm(block["input_layernorm"], x, config), rotations, config)
-        keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H_kv, Dh], advanced indices first
-        values[rows, :, positions] = v.transpose(1, 2)
-        x = x + _attend(block["self_attn"], q, keys[:, :, :end], values[:, :, :end], masks[kind])
-        x = x + _mlp(block["mlp"], _norm(block["post_attention_layernorm"], x, config))
-    return _norm(params["norm"], x, config)
-
-
 def bind(config: LlamaConfig) -> LanguageModel:
     """The functions of this page, bound to one config."""
     return LanguageModel(
         config=config,
         init=partial(init_params, config=config),
-        hidden=partial(hidden, config=config),
+        states=partial(states, config=config),
         unembedding=partial(unembedding, config=config),
-        new_cache=partial(new_cache, config=config),
-        extend_=partial(extend_, config=config),
+        cache=CacheShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
         stop_ids=(config.eos_token_id,),
         head=None if config.tie_word_embeddings else "lm_head",
     )
-
-
-def _check_fits(length: int, config: LlamaConfig) -> None:
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"sequence of {length} tokens exceeds the context of {config.max_position_embeddings}"
-        )

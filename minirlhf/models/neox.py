@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
 from minirlhf.runs import InputError
 
 _TANH = partial(F.gelu, approximate="tanh")
@@ -150,18 +150,18 @@ def _add(layer: Params, x: Tensor, attended: Tensor, config: GPTNeoXConfig) -> T
     return after + _linear(layer["mlp"]["dense_4h_to_h"], inner)
 
 
-def hidden(params: Params, tokens: Tensor, *, config: GPTNeoXConfig) -> Tensor:
-    """States after each token, final norm applied: tokens [B, T] -> [B, T, D].
+def states(
+    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPTNeoXConfig
+) -> Tensor:
+    """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
-    Attention is causal, so right padding reaches no valid position and needs no mask.
-    A T beyond the context is a ValueError; nothing is cropped.
+    Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    _check_fits(tokens.shape[1], config)
     x = F.embedding(tokens, params["embed_in"]["weight"])
-    turns = _turns(torch.arange(tokens.shape[1], device=tokens.device), config, x.dtype)  # each [T, R]
-    for layer in params["layers"]:
+    turns = _turns(positions[..., None, :], config, x.dtype)  # the same for all heads
+    for number, layer in enumerate(params["layers"]):
         q, k, v = _heads(layer["attention"], _norm(layer["input_layernorm"], x, config), turns, config)
-        x = _add(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), config)
+        x = _add(layer, x, attend(number, q, k, v, scale=None, window=None), config)
     return _norm(params["final_layer_norm"], x, config)
 
 
@@ -170,49 +170,18 @@ def unembedding(params: Params) -> Tensor:
     return params.get("embed_out", params["embed_in"])["weight"]
 
 
-def new_cache(params: Params, batch: int, capacity: int, *, config: GPTNeoXConfig) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` tokens (a ValueError beyond the context)."""
-    _check_fits(capacity, config)
-    shape = (batch, config.num_attention_heads, capacity, config.hidden_size // config.num_attention_heads)
-    like, layers = params["embed_in"]["weight"], range(config.num_hidden_layers)
-    return Cache([like.new_zeros(shape) for _ in layers], [like.new_zeros(shape) for _ in layers])
-
-
-def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache, *, config: GPTNeoXConfig) -> Tensor:
-    """States of `tokens` [B, T], which continue each row at its own position start[b]: -> [B, T, D].
-
-    Writes turned keys, and values, of row b into slots start[b] .. start[b] + T - 1; its token i attends to
-    slots 0 .. start[b] + i. A row shorter than T leaves garbage behind its end that its next call overwrites.
-
-    Raises:
-        ValueError: a row would grow past the cache's capacity; nothing was written.
-    """
-    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [B, T]
-    end, capacity = int(positions.max()) + 1, cache.keys[0].shape[2]
-    if end > capacity:
-        raise ValueError(f"a row would grow to {end} tokens in a cache of capacity {capacity}")
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    visible = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, S]
-    x = F.embedding(tokens, params["embed_in"]["weight"])
-    turns = _turns(positions[:, None], config, x.dtype)  # each [B, 1, T, R]
-    for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
-        q, k, v = _heads(layer["attention"], _norm(layer["input_layernorm"], x, config), turns, config)
-        keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, H, Dh], advanced indices first
-        values[rows, :, positions] = v.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=visible)
-        x = _add(layer, x, attended, config)
-    return _norm(params["final_layer_norm"], x, config)
-
-
 def bind(config: GPTNeoXConfig) -> LanguageModel:
     """The functions of this page, bound to one config."""
     return LanguageModel(
         config=config,
         init=partial(init_params, config=config),
-        hidden=partial(hidden, config=config),
+        states=partial(states, config=config),
         unembedding=unembedding,
-        new_cache=partial(new_cache, config=config),
-        extend_=partial(extend_, config=config),
+        cache=CacheShape(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.hidden_size // config.num_attention_heads,
+        ),
         stop_ids=(config.eos_token_id,),
         head=None if config.tie_word_embeddings else "embed_out",
     )
@@ -243,8 +212,3 @@ def to_huggingface(config: GPTNeoXConfig) -> dict[str, Any]:
     rope = {"rope_type": "default"} | {new: getattr(config, old) for old, new in _ROPE_PARAMETERS.items()}
     dropout = dict.fromkeys(("attention_dropout", "hidden_dropout", "classifier_dropout"), 0.0)
     return {"model_type": "gpt_neox"} | asdict(config) | {"rope_parameters": rope} | dropout
-
-
-def _check_fits(length: int, config: GPTNeoXConfig) -> None:
-    if length > config.n_positions:
-        raise ValueError(f"sequence of {length} tokens exceeds the context of {config.n_positions}")

@@ -1,0 +1,140 @@
+"""Attention over the pages of a cache: each page by itself, then a row's pages together.
+
+A softmax over pieces is exact: with o_i the attention within piece i and l_i its log-sum-exp,
+
+    attention = Σ_i softmax(l)_i o_i
+
+(Milakov & Gimelshein 2018, arXiv:1805.02867; "flash-decoding"). So a page is read once, in place, by one
+product, whoever its readers are: a page of a shared prompt serves all samples of that prompt at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minirlhf.models.interface import Attend, causal
+from minirlhf.rollout.pages import PAGE, Pages, Table
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def decoding(arenas: list[Pages], table: Table, page: Tensor, position: Tensor) -> Attend:
+    """`Attend` of one new token per row, which it writes into the cache first.
+
+    Args:
+        arenas: the row's own pages last; pages of the others are shared and full.
+        table: of `arenas`, the new tokens' pages included.
+        page: int64 [B] of the new token, in the last arena.
+        position: int64 [B] of the new token.
+    """
+    own, offset = arenas[-1], position % PAGE
+    nowhere = torch.cat([position, position.new_full((1,), -1)])  # the position of nobody: it sees nothing
+    masks: dict[int | None, list[Tensor | None]] = {}
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        own.keys[layer][page, :, offset] = k[:, :, 0]
+        own.values[layer][page, :, offset] = v[:, :, 0]
+        if window not in masks:
+            masks[window] = [
+                None if each is not own and window is None else _visible(start, nowhere[readers], window)
+                for each, start, readers in zip(arenas, table.start, table.readers, strict=True)
+            ]
+        pieces = [
+            _of_pages(each, layer, q, readers, visible, scale)
+            for each, readers, visible in zip(arenas, table.readers, masks[window], strict=True)
+        ]
+        return _joined(pieces, table, len(q))[:, :, None].to(q.dtype)
+
+    return attend
+
+
+def prefilling(write: Callable[[int, Tensor, Tensor], None], prefix: list[tuple[Tensor, Tensor]]) -> Attend:
+    """`Attend` of whole prompts, or of what follows a prefix that all of them share.
+
+    Args:
+        write: (layer, keys, values [B, H, T, Dh]) puts them into the cache.
+        prefix: per layer keys and values [1, H, C, Dh] of what lies before every row; empty for nothing.
+    """
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        write(layer, k, v)
+        if not prefix:
+            return causal(layer, q, k, v, scale=scale, window=window)
+        before = prefix[layer][0].shape[2]
+        k, v = (
+            torch.cat([old.expand(len(q), -1, -1, -1), new], dim=2).to(q.dtype)
+            for old, new in zip(prefix[layer], (k, v), strict=True)
+        )
+        back = (
+            torch.arange(q.shape[2], device=q.device)[:, None]
+            + before
+            - torch.arange(k.shape[2], device=q.device)
+        )
+        visible = (back >= 0) & (back < (window or k.shape[2]))
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=shared)
+
+    return attend
+
+
+def _visible(start: Tensor, last: Tensor, window: int | None) -> Tensor:
+    """bool [p, width, PAGE]: the tokens of pages from `start` [p] on that readers at `last` [p, width] see."""
+    at = (start[:, None] + torch.arange(PAGE, device=start.device))[:, None]
+    visible = at <= last[..., None]
+    return visible if window is None else visible & (at > last[..., None] - window)
+
+
+def _of_pages(
+    pages: Pages, layer: int, q: Tensor, readers: Tensor, visible: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of each page's readers within the page: [p · width, H, Dh], log-sum-exp [p · width, H]."""
+    count, width = readers.shape
+    keys, values = pages.keys[layer][:count].to(q.dtype), pages.values[layer][:count].to(q.dtype)
+    heads, size = keys.shape[1], keys.shape[3]
+    # Nobody asks with some other row's query; its answer is not read.
+    asked = q[:, :, 0].index_select(0, readers.clamp(max=len(q) - 1).view(-1))
+    group = asked.shape[1] // heads
+    asked = asked.view(count, width, heads, group, size).transpose(1, 2).reshape(count, heads, -1, size)
+    mask = None
+    if visible is not None:
+        rows = visible if width == 1 else visible.repeat_interleave(group, dim=1)
+        mask = torch.where(rows[:, None], 0.0, -torch.inf).to(q.dtype)  # [p, 1, width (· group), PAGE]
+    out, lse = _within(asked, keys, values, mask, scale)
+    out = out.view(count, heads, width, group, size).transpose(1, 2).reshape(count * width, -1, size)
+    lse = lse.view(count, heads, width, group).transpose(1, 2).reshape(count * width, -1)
+    if visible is not None:  # a window may have left the page behind
+        lse = torch.where(visible.any(-1).view(-1, 1), lse, -torch.inf)
+    return out, lse
+
+
+def _within(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q·k + mask) v [p, H, R, Dh], and the log-sum-exp of its scores [p, H, R]."""
+    if q.device.type == "cpu":
+        return _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    scores = (q @ k.transpose(-1, -2)).float() * (scale or q.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).nan_to_num(nan=0.0).exp()
+    return weights.to(v.dtype) @ v, lse
+
+
+def _joined(pieces: list[tuple[Tensor, Tensor]], table: Table, rows: int) -> Tensor:
+    """[B, H, Dh] from all pages' partial results."""
+    out, lse = pieces[0] if len(pieces) == 1 else [torch.cat(each) for each in zip(*pieces, strict=True)]
+    if len(table.entry) != len(out):
+        out, lse = out.index_select(0, table.entry), lse.index_select(0, table.entry)
+    heads = out.shape[1]
+    cells = lse.new_full((rows * table.most, heads), -torch.inf).index_copy_(0, table.cell, lse)
+    weights = cells.view(rows, table.most, heads).softmax(1).view(-1, heads).index_select(0, table.cell)
+    wide = torch.promote_types(out.dtype, weights.dtype)
+    whole = out.new_zeros(rows, *out.shape[1:], dtype=wide)
+    return whole.index_add_(0, table.row, out.to(wide) * weights[..., None])
