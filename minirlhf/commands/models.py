@@ -94,7 +94,7 @@ def _import(source: Path, folder: Path) -> str:
 
 def _described(loaded: Checkpoint) -> str:
     config, tokenizer = loaded.model.config, loaded.tokenizer
-    layers = len(loaded.model.new_cache(loaded.params, 1, 1).keys)
+    layers = loaded.model.cache.layers
     return (
         f"{family_of(loaded.model).to_huggingface(config)['model_type']}: {_parameters(loaded.params)}, "
         f"{layers} layers, vocabulary {config.vocab_size:,}, context {config.n_positions:,}, "

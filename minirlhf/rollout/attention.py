@@ -84,7 +84,7 @@ def prefilling(write: Callable[[int, Tensor, Tensor], None], prefix: list[tuple[
 
 
 def _visible(start: Tensor, last: Tensor, window: int | None) -> Tensor:
-    """bool [p, width, PAGE]: the tokens of pages from `start` [p] on that readers at `last` [p, width] see."""
+    """bool [p, width, PAGE]: which tokens of pages from `start` [p] on readers at `last` [p, width] see."""
     at = (start[:, None] + torch.arange(PAGE, device=start.device))[:, None]
     visible = at <= last[..., None]
     return visible if window is None else visible & (at > last[..., None] - window)

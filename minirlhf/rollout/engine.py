@@ -1,4 +1,4 @@
-"""Continuous batching: a fixed number of slots, and a row that ends gives its slot to the next prompt at once.
+"""Continuous batching: a fixed number of slots; a row that ends gives its slot to the next prompt at once.
 
 One round of the loop takes up new prompts where slots are free (one forward pass for all newcomers), gives
 every other live row its next state (one forward pass of one token each), and draws a token for all of them
@@ -44,7 +44,7 @@ class CacheUse(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Responses, written token by token: tokens, logp, sampled_logp [B, N]; lengths, stop [B]; boundary []."""
+    """Responses as they grow: tokens, logp, sampled_logp [B, N]; lengths, stop [B]; boundary []."""
 
     tokens: Tensor
     logp: Tensor
@@ -201,9 +201,10 @@ class Engine:
         shared: list[tuple[_Ints, int, int]] = []
         for part, (length, count, slot) in enumerate(zip(lengths, samples, first, strict=True)):
             full = length // PAGE if count > 1 else 0
-            readers = np.full(self.groups.readers.shape[1] if self.groups is not None else 1, NOBODY)
-            readers[:count] = np.arange(slot, slot + count)
-            shared += [(readers, part, piece) for piece in range(full)]
+            if full and self.groups is not None:
+                readers = np.full(self.groups.readers.shape[1], NOBODY)
+                readers[:count] = np.arange(slot, slot + count)
+                shared += [(readers, part, piece) for piece in range(full)]
             own += [
                 (each, part, piece)
                 for each in range(slot, slot + count)

@@ -57,7 +57,7 @@ class Pages:
         return slice(first, end)
 
     def renumber(self, slot: _Ints) -> None:
-        """Rows moved or ended: slot[s] is where the row of slot s is now, or NOBODY. Frees what nobody reads."""
+        """Rows moved or ended: slot[s] is where the row of slot s is now, or NOBODY. Frees unread pages."""
         live = self.readers[: self.used]
         live[:] = np.append(slot, NOBODY)[live]  # NOBODY reads the last entry: itself
         kept = (live != NOBODY).any(1)

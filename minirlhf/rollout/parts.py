@@ -1,4 +1,4 @@
-"""How prompts are taken up: rows with the same prompt together, long prompts first, a common beginning once."""
+"""How prompts are taken up: equal ones together, long ones first, what all of them begin with once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

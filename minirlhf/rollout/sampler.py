@@ -95,7 +95,7 @@ def generate(
     Raises:
         InputError: before any work: no prompts, an empty prompt, an id or stop id outside the vocabulary,
             a prompt whose length plus max_new_tokens exceeds the context, memory for not even one row.
-        ValueError: indices of another shape, a limit or number of slots below 1, a law that is not normalised.
+        ValueError: indices of another shape, a limit or slots below 1, a law that is not normalised.
     """
     engine = _engine(
         model,
@@ -130,7 +130,7 @@ def stream(
     slots: int | None = None,
     memory: int = MEMORY,
 ) -> Iterator[Finished]:
-    """`generate`, whose responses come as they finish. Bad requests raise at the call, not at the first one."""
+    """`generate`, whose responses come as they finish. A bad request raises at the call."""
     engine = _engine(
         model,
         params,

@@ -33,6 +33,7 @@ from minirlhf.models.families import FAMILIES
 from minirlhf.models.interface import LanguageModel, Params, scalar, with_scalar_head
 from minirlhf.models.tensor_files import named
 from tests.models.cases import CASES, Case, tiny_model
+from tests.models.plain_cache import extend_, new_cache
 from tests.models.tiny import ragged, valid
 
 
@@ -117,11 +118,11 @@ def cached_logits(both: Pair) -> float:
     tokens, _ = ragged(2, longest=20)
     lengths = torch.tensor([2, 9, 11, 1, 6])
     right = their_logits(both.reference, tokens)
-    cache = both.model.new_cache(both.params, *tokens.shape)
+    cache = new_cache(both.model, both.params, *tokens.shape)
     start, worst = torch.zeros_like(lengths), 0.0
     for take in (11, 3, 1, 1, 1, 1):
         positions = start[:, None] + torch.arange(take)
-        states = both.model.extend_(both.params, tokens.gather(1, positions), start, cache)
+        states = extend_(both.model, both.params, tokens.gather(1, positions), start, cache)
         got = states @ both.model.unembedding(both.params).T
         mask = positions < (lengths[:, None] if take == 11 else tokens.shape[1])
         expected = right.gather(1, positions[..., None].expand_as(got))
@@ -146,13 +147,13 @@ def greedy(both: Pair) -> float:
             ids = torch.cat([ids, logits(model, params, ids)[:, -1:].argmax(-1)], dim=1)
         uncached.append(ids[0, length:])
 
-    cache = model.new_cache(params, len(tokens), tokens.shape[1] + new)
-    states = model.extend_(params, tokens, torch.zeros_like(lengths), cache)
+    cache = new_cache(model, params, len(tokens), tokens.shape[1] + new)
+    states = extend_(model, params, tokens, torch.zeros_like(lengths), cache)
     last = states[torch.arange(len(tokens)), lengths - 1]
     drawn: list[Tensor] = []
     for step in range(new):
         drawn.append((last @ model.unembedding(params).T).argmax(-1))
-        last = model.extend_(params, drawn[-1][:, None], lengths + step, cache)[:, 0]
+        last = extend_(model, params, drawn[-1][:, None], lengths + step, cache)[:, 0]
     right = torch.stack(expected)
     wrong = (torch.stack(uncached) != right) | (torch.stack(drawn, dim=1) != right)
     return float(wrong.float().mean())
@@ -163,8 +164,8 @@ def half_precision(both: Pair) -> float:
     tokens, _ = ragged(3)
     right = their_logits(both.reference, tokens)
     params = tree_map(lambda x: x.bfloat16(), both.params)
-    cache = both.model.new_cache(params, *tokens.shape)
-    states = both.model.extend_(params, tokens, torch.zeros(len(tokens), dtype=torch.int64), cache)
+    cache = new_cache(both.model, params, *tokens.shape)
+    states = extend_(both.model, params, tokens, torch.zeros(len(tokens), dtype=torch.int64), cache)
     cached = states @ both.model.unembedding(params).T
     uncached = logits(both.model, params, tokens)
     if not uncached.dtype == cached.dtype == torch.bfloat16:

@@ -20,6 +20,7 @@ from minirlhf.models import gpt_neo
 from minirlhf.models.checkpoint import load_language_model, save_language_model
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import InputError
+from tests.models.plain_cache import extend_, new_cache
 from tests.models.tiny import ragged
 
 CONFIG = gpt_neo.GPTNeoConfig(
@@ -39,11 +40,11 @@ def tiny(*kinds: str, dtype: torch.dtype = torch.float64, **changes: Any) -> tup
 
 def cached(model: LanguageModel, params: Params, tokens: Tensor, *, take: int) -> Tensor:
     """The states of whole rows, read in chunks through a cache."""
-    cache = model.new_cache(params, *tokens.shape)
+    cache = new_cache(model, params, *tokens.shape)
     chunks = []
     for start in range(0, tokens.shape[1], take):
         at = torch.full((len(tokens),), start)
-        chunks.append(model.extend_(params, tokens[:, start : start + take], at, cache))
+        chunks.append(extend_(model, params, tokens[:, start : start + take], at, cache))
     return torch.cat(chunks, dim=1)
 
 
@@ -86,21 +87,25 @@ def test_rows_of_unequal_length_each_have_their_own_window_in_the_cache() -> Non
     model, params = tiny("local", "global", window_size=3)
     tokens, _ = ragged()
     expected = model.hidden(params, tokens)
-    cache = model.new_cache(params, *tokens.shape)
+    cache = new_cache(model, params, *tokens.shape)
     lengths = torch.tensor([13, 4, 9, 1, 2])
-    model.extend_(params, tokens[:, :13], torch.zeros(5, dtype=torch.int64), cache)
+    extend_(model, params, tokens[:, :13], torch.zeros(5, dtype=torch.int64), cache)
     for step in range(4):
         at = lengths + step
-        got = model.extend_(params, tokens.gather(1, at[:, None]), at, cache)[:, 0]
+        got = extend_(model, params, tokens.gather(1, at[:, None]), at, cache)[:, 0]
         torch.testing.assert_close(got, expected[torch.arange(5), at], rtol=0, atol=1e-10)
 
 
 def test_scores_are_not_scaled_and_at_least_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.dtype, ...]] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, scale: float, **_: bool
+    ) -> Tensor:
         seen.append((q.dtype, k.dtype, v.dtype))
-        scores = (q @ k.transpose(-1, -2)).masked_fill(~attn_mask, float("-inf"))
+        if visible is None:
+            visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~visible, float("-inf"))
         assert scale == 1.0
         return scores.softmax(-1) @ v
 

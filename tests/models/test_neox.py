@@ -19,6 +19,7 @@ from minirlhf.models import neox
 from minirlhf.models.checkpoint import load_language_model, save_language_model
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import InputError
+from tests.models.plain_cache import extend_, new_cache
 from tests.models.tiny import ragged
 
 CONFIG = neox.GPTNeoXConfig(
@@ -62,8 +63,8 @@ def test_scores_depend_on_the_distance_of_two_tokens_and_not_on_where_they_stand
     model, params = tiny(num_hidden_layers=1, rotary_pct=1.0)
     tokens, keys = torch.tensor([[5, 9, 9, 3, 9, 5]]), []
     for start in (0, 6):
-        cache = model.new_cache(params, 1, 12)
-        model.extend_(params, tokens, torch.tensor([start]), cache)
+        cache = new_cache(model, params, 1, 12)
+        extend_(model, params, tokens, torch.tensor([start]), cache)
         keys.append(cache.keys[0][0, :, start : start + 6])  # [H, T, Dh]
     assert (keys[0] - keys[1]).abs().max() > 0.1
     products = [each @ each.transpose(-1, -2) for each in keys]
@@ -73,8 +74,8 @@ def test_scores_depend_on_the_distance_of_two_tokens_and_not_on_where_they_stand
 @pytest.mark.parametrize(("part", "turned"), [(0.25, 2), (0.5, 4), (1.0, 8)])
 def test_only_the_front_part_of_a_head_is_turned(part: float, turned: int) -> None:
     model, params = tiny(rotary_pct=part, num_hidden_layers=1)
-    cache = model.new_cache(params, 1, 6)
-    model.extend_(params, torch.full((1, 6), 9), torch.tensor([0]), cache)
+    cache = new_cache(model, params, 1, 6)
+    extend_(model, params, torch.full((1, 6), 9), torch.tensor([0]), cache)
     keys = cache.keys[0][0]  # [H, T, Dh]; the same token at every place
     still = (keys - keys[:, :1]).abs().amax(dim=(0, 1)) < 1e-12
     assert still.tolist() == [False] * turned + [True] * (8 - turned)
@@ -84,8 +85,8 @@ def test_only_the_front_part_of_a_head_is_turned(part: float, turned: int) -> No
 def test_a_pair_turns_by_its_angle() -> None:
     """Su et al. 2021, Eq. 34: entries i and i + R/2 turn by position · base^(-2i/R), here for R = 4."""
     model, params = tiny(rotary_pct=0.5, rotary_emb_base=100.0, num_hidden_layers=1)
-    cache = model.new_cache(params, 1, 6)
-    model.extend_(params, torch.full((1, 6), 9), torch.tensor([0]), cache)
+    cache = new_cache(model, params, 1, 6)
+    extend_(model, params, torch.full((1, 6), 9), torch.tensor([0]), cache)
     keys = cache.keys[0][0, 1]  # [T, Dh] of head 1
     for i, rate in ((0, 1.0), (1, 0.1)):  # 100^0, 100^(-1/2)
         start = torch.complex(keys[0, i], keys[0, i + 2])
@@ -99,8 +100,8 @@ def test_angles_far_into_the_context_keep_their_precision_where_the_parameters_a
     model, params = tiny(num_hidden_layers=1, max_position_embeddings=2048)
     half, keys = tree_map(lambda x: x.bfloat16(), params), []
     for each in (half, tree_map(lambda x: x.double(), half)):
-        cache = model.new_cache(each, 1, 1003)
-        model.extend_(each, torch.tensor([[9, 5]]), torch.tensor([1001]), cache)
+        cache = new_cache(model, each, 1, 1003)
+        extend_(model, each, torch.tensor([[9, 5]]), torch.tensor([1001]), cache)
         keys.append(cache.keys[0][0, :, 1001:].double())
     assert (keys[0] - keys[1]).abs().max() < 0.02 * keys[1].abs().max()  # 1001 in bf16 is 1000: 1 rad away
 

@@ -21,6 +21,7 @@ from minirlhf.models.checkpoint import (
     save_scalar_model,
 )
 from minirlhf.models.interface import LanguageModel, Params, scalar, with_scalar_head
+from tests.models.plain_cache import extend_, new_cache
 from tests.models.tiny import ragged, tiny, valid
 
 try:
@@ -112,13 +113,13 @@ def test_greedy_continuations_equal_theirs_with_and_without_cache(
         uncached.append(ids[0, length:].tolist())
     assert uncached == expected
 
-    cache = model.new_cache(params, len(tokens), tokens.shape[1] + new)
-    states = model.extend_(params, tokens, torch.zeros_like(lengths), cache)
+    cache = new_cache(model, params, len(tokens), tokens.shape[1] + new)
+    states = extend_(model, params, tokens, torch.zeros_like(lengths), cache)
     last = states[torch.arange(len(tokens)), lengths - 1]
     drawn: list[Tensor] = []
     for step in range(new):
         drawn.append((last @ model.unembedding(params).T).argmax(-1))
-        last = model.extend_(params, drawn[-1][:, None], lengths + step, cache)[:, 0]
+        last = extend_(model, params, drawn[-1][:, None], lengths + step, cache)[:, 0]
     assert torch.stack(drawn, dim=1).tolist() == expected
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.models import gpt2
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, LanguageModel, Params
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.rollout.sampler import Rollout, generate
+from tests.rollout import history
 
 LAWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,33 +35,22 @@ class CountingConfig:
 def counting_model(config: CountingConfig = CountingConfig()) -> LanguageModel:
     """Predicts with certainty: the previous token + the row's first token, modulo the vocabulary.
 
-    It reads the first token from its cache, and the previous one both from its input and from its cache, so
-    a row that is given another row's cache, or a wrong position, predicts something else.
+    It reads both from its cache, so a row that is given another row's cache, or a wrong position, predicts
+    something else.
     """
-    size = config.vocab_size
+    size, places = config.vocab_size, config.n_positions
 
-    def hidden(params: Params, tokens: Tensor) -> Tensor:
-        return F.one_hot((tokens + tokens[:, :1]) % size, size).float()
-
-    def new_cache(params: Params, batch: int, capacity: int) -> Cache:
-        assert capacity <= config.n_positions
-        return Cache(keys=[torch.full((batch, 1, capacity, 1), -1.0)], values=[torch.zeros(batch, 1, 1, 1)])
-
-    def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache) -> Tensor:
-        position = start[:, None] + torch.arange(tokens.shape[1])
-        stored = cache.keys[0][:, 0, :, 0]
-        stored.scatter_(1, position, tokens.float())
-        before = torch.arange(stored.shape[1]) < start[:, None]
-        assert not (before & (stored < 0)).any(), "a position was skipped"
-        return F.one_hot((stored.gather(1, position).long() + stored[:, :1].long()) % size, size).float()
+    def states(params: Params, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        row = history.read(tokens, positions, attend, places=places, vocabulary=size)
+        last = row.gather(-1, positions.expand(tokens.shape)[..., None])
+        return F.one_hot((last[..., 0] + row[..., 0]) % size, size).float()
 
     return LanguageModel(
         config=config,
         init=lambda generator: {"identity": torch.eye(size) * 100},
-        hidden=hidden,
+        states=states,
         unembedding=lambda params: params["identity"],
-        new_cache=new_cache,
-        extend_=extend_,
+        cache=history.shape(places, size),
         stop_ids=(config.eos_token_id,),
     )
 

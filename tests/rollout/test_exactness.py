@@ -53,7 +53,7 @@ def test_rows_are_the_same_alone_in_a_batch_permuted_and_chunked_but_for_boundar
     order = torch.randperm(60, generator=torch.Generator().manual_seed(7))
     permuted = draw([prompts[i] for i in order.tolist()], prompt_index=index[order])
     back = order.argsort().tolist()
-    others = [draw(prompts, batch_size=size) for size in (1, 7, 59)]
+    others = [draw(prompts, slots=size) for size in (1, 7, 59)]
     for rollout, got in [(permuted, [rows(permuted)[i] for i in back])] + [(r, rows(r)) for r in others]:
         different = sum(one != other for one, other in zip(got, rows(together), strict=True))
         assert different <= max(int(rollout.boundary_draws), int(together.boundary_draws))
@@ -95,7 +95,8 @@ def test_a_tempered_law_is_what_the_kernel_gives_at_that_temperature(temperature
         states, model.unembedding(params), rollout.tokens, response_mask(rollout), temperature=temperature
     )
     torch.testing.assert_close(rollout.sampled_logp, recomputed, atol=1e-4, rtol=0)
-    assert torch.equal(rollout.sampled_logp, rollout.logp) == (temperature == 1.0)
+    same = (rollout.sampled_logp - rollout.logp).abs().max() < 1e-6
+    assert bool(same) == (temperature == 1.0)
 
 
 def enumerated(model: LanguageModel, params: Params, prompt: list[int], options: dict, limit: int) -> dict:

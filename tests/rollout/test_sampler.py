@@ -13,7 +13,7 @@ from minirlhf.rollout.sampler import (
     EOS,
     LENGTH,
     STOP,
-    default_batch_size,
+    default_slots,
     generate,
     response_mask,
     responses,
@@ -52,14 +52,12 @@ def counted(prompt: list[int], stops: list[int], limit: int) -> tuple[list[int],
     return response, LENGTH
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 64, None])
-def test_ragged_rows_of_a_counting_model_come_back_whole_and_in_input_order(
-    counting: Bound, batch_size
-) -> None:
+@pytest.mark.parametrize("slots", [1, 2, 7, 64, None])
+def test_ragged_rows_of_a_counting_model_come_back_whole_and_in_input_order(counting: Bound, slots) -> None:
     prompts, _ = ragged_prompts(60, vocabulary=SIZE)
     stops, limit = [0, 17, 33], 20
     rollout = sample(
-        counting.model, counting.params, prompts, stop_ids=stops, max_new_tokens=limit, batch_size=batch_size
+        counting.model, counting.params, prompts, stop_ids=stops, max_new_tokens=limit, slots=slots
     )
     expected = [counted(prompt, stops, limit) for prompt in prompts]
     assert rows(rollout) == [
@@ -127,19 +125,20 @@ def test_rows_that_ended_cost_no_forward_pass(counting: Bound) -> None:
     model, params = counting
     batches: list[int] = []
 
-    def extend_(params, tokens, start, cache):
+    def states(params, tokens, positions, attend):
         batches.append(len(tokens))
-        return model.extend_(params, tokens, start, cache)
+        return model.states(params, tokens, positions, attend)
 
     prompts = [[1, SIZE - n] for n in (1, 4, 2, 4, 3)]  # row i draws EOS (0) as its n-th token
-    sample(model._replace(extend_=extend_), params, prompts, max_new_tokens=30)
-    assert batches == [5, 4, 3, 2], "prefill, then the live rows only, and nothing after the last stop"
+    sample(model._replace(states=states), params, prompts, max_new_tokens=30)
+    # Prefill reads the four different prompts; then the live rows only, and nothing after the last stop.
+    assert batches == [4, 4, 3, 2]
 
 
 def test_progress_counts_the_tokens_sampled_so_far(counting: Bound) -> None:
     seen: list[int] = []
     prompts = [[1, SIZE - n] for n in (1, 3, 2)]
-    sample(counting.model, counting.params, prompts, batch_size=2, progress=seen.append)
+    sample(counting.model, counting.params, prompts, slots=2, progress=seen.append)
     assert seen[-1] == 6 and seen == sorted(seen) and len(seen) > 2
 
 
@@ -162,8 +161,9 @@ def test_two_calls_agree_bitwise_and_leave_parameters_and_prompts_as_they_were()
     prompts, index = ragged_prompts(20)
     params_before, prompts_before = tree_map(torch.clone, params), [list(prompt) for prompt in prompts]
     first, second = sample(model, params, prompts), sample(model, params, prompts)
-    for one, other in zip(first, second, strict=True):
+    for one, other in zip(first[:-1], second[:-1], strict=True):
         assert torch.equal(one, other)
+    assert first.cache == second.cache
     for before, after in zip(tree_leaves(params_before), tree_leaves(params), strict=True):
         assert torch.equal(before, after)
     assert prompts == prompts_before and torch.equal(index, torch.arange(20))
@@ -194,7 +194,7 @@ def test_a_rollout_is_ordinary_data_for_autograd() -> None:
     model, params = tiny_gpt2()
     trained = tree_map(lambda leaf: leaf.clone().requires_grad_(), params)
     rollout = sample(model, trained, [[1, 2], [3]])
-    assert not any(field.requires_grad or field.is_inference() for field in rollout)
+    assert not any(field.requires_grad or field.is_inference() for field in rollout[:-1])
     loss = (model.hidden(trained, rollout.tokens)[..., 0] * rollout.logp).sum()
     loss.backward()
     assert trained["wte"]["weight"].grad is not None
@@ -222,7 +222,7 @@ BAD_REQUESTS = [
 ]
 BAD_CALLS = [
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"slots": 0}, "slots must be at least 1, got 0"),
     ({"prompt_index": torch.arange(3)}, r"prompt_index must have shape \[2\], got \[3\]"),
     (
         {"sample_index": torch.zeros(2, 1, dtype=torch.int64)},
@@ -243,7 +243,7 @@ def test_a_bad_request_is_refused_by_name_before_any_work(changed, message, kind
     def never(*_):
         raise AssertionError("the model was run")
 
-    idle = model._replace(hidden=never, extend_=never)
+    idle = model._replace(states=never)
     request = {"prompts": [[1], [2, 3]]} | changed
     with pytest.raises(kind, match=message):
         sample(idle, params, **request)
@@ -258,10 +258,14 @@ def test_a_law_that_is_not_normalised_or_not_finite_is_refused_on_the_first_step
         sample(model, broken, [[1, 2]])
 
 
-def test_the_default_batch_shrinks_as_rows_grow_and_never_below_one() -> None:
+def test_the_default_number_of_slots_shrinks_as_rows_grow_and_what_fits_not_once_is_refused() -> None:
     model, params = tiny_gpt2(context=40_000)
-    sizes = [default_batch_size(model, params, longest, 100) for longest in (10, 1000, 5000, 30_000)]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2 and sizes[-1] == 1
+    slots = [default_slots(model, params, longest, 100) for longest in (10, 1000, 5000, 30_000)]
+    assert slots == sorted(slots, reverse=True) and len(set(slots)) > 2 and slots[-1] >= 1
+    with pytest.raises(InputError, match=r"one row of 30000 \+ 100 tokens takes .* memory is 1,000"):
+        default_slots(model, params, 30_000, 100, memory=1000)
+    with pytest.raises(InputError, match="one row of 2 \\+ 12 tokens"):
+        sample(model, params, [[1, 2]], memory=100)
 
 
 def test_generate_takes_every_argument_of_the_law_by_partial() -> None:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.models.interface import Cache, LanguageModel, Params
+from minirlhf.models.interface import Attend, LanguageModel, Params
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.verify.optima import best_objective, regret_fraction
 from minirlhf.verify.world import World, WorldConfig, objective, prefix_number, response_logp, world
+from tests.rollout import history
 
 __all__ = [
     "World",
@@ -97,21 +98,23 @@ def bind_reader(config: WorldConfig) -> LanguageModel:
 
 
 def _bound(config: WorldConfig, one_hot: Callable[[Tensor], Tensor]) -> LanguageModel:
-    def extend_(params: Params, tokens: Tensor, start: Tensor, cache: Cache) -> Tensor:
-        rows, columns = torch.arange(len(tokens))[:, None], start[:, None] + torch.arange(tokens.shape[1])
-        cache.keys[0][rows, columns] = tokens
-        return one_hot(cache.keys[0])[rows, columns]
+    places = 1 + config.length
+
+    def at_each_place(tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        row = history.read(tokens, positions, attend, places=places, vocabulary=config.vocab_size)
+        whole = one_hot(row.clamp(min=1).flatten(0, 1)).unflatten(0, tokens.shape)  # [B, T, places, states]
+        where = positions.expand(tokens.shape)[..., None, None]
+        return whole.gather(2, where.expand(-1, -1, 1, whole.shape[-1]))[:, :, 0]
 
     def init(generator: torch.Generator) -> Params:
         return {"table": torch.randn(config.vocab_size, states(config), generator=generator)}
 
     return LanguageModel(
-        config=TabularConfig(config.vocab_size, 1 + config.length),
+        config=TabularConfig(config.vocab_size, places),
         init=init,
-        hidden=lambda params, tokens: one_hot(tokens),
+        states=lambda params, tokens, positions, attend: at_each_place(tokens, positions, attend),
         unembedding=lambda params: params["table"],
-        new_cache=lambda params, batch, capacity: Cache([torch.ones(batch, capacity).long()], []),
-        extend_=extend_,
+        cache=history.shape(places, config.vocab_size),
         stop_ids=(0,),
     )
 
