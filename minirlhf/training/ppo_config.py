@@ -24,8 +24,8 @@ class OnPolicyConfig:
     """Optimiser steps per pass; must divide the episodes of an iteration."""
     micro_batch_size: int = 16
     """Rows per forward and backward pass of the trainer; changes memory and speed, not the gradient."""
-    sampling_batch_size: int | None = None
-    """Rows decoded together; None takes what fits the sampler's memory budget. Changes no uniform."""
+    slots: int | None = None
+    """Rows that are sampled at a time; None takes what fits the memory of `generate`. Changes no uniform."""
     max_response: int = 53
     """Most tokens sampled per response, the stop token counted."""
     temperature: float = 0.7
@@ -56,7 +56,7 @@ class OnPolicyConfig:
         counts = ("iterations", "epochs", "minibatches", "micro_batch_size", "max_response", "evaluate_every")
         self._check_at_least_one(*counts)
         self._check_positive("temperature", "learning_rate", "adam_epsilon", "max_grad_norm")
-        self._check_positive_if_set("sampling_batch_size")
+        self._check_positive_if_set("slots")
         if not 0 <= self.final_rate <= 1:
             raise InputError(f"final_rate must lie in 0..1, got {self.final_rate}")
 

@@ -95,7 +95,7 @@ def respond(
         seed=seed,
         prompt_index=prompt_index,
         sample_index=sample_index,
-        batch_size=config.sampling_batch_size,
+        slots=config.slots,
     )
 
 

@@ -102,7 +102,8 @@ def _bound(config: WorldConfig, one_hot: Callable[[Tensor], Tensor]) -> Language
 
     def at_each_place(tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         row = history.read(tokens, positions, attend, places=places, vocabulary=config.vocab_size)
-        whole = one_hot(row.clamp(min=1).flatten(0, 1)).unflatten(0, tokens.shape)  # [B, T, places, states]
+        read_on = torch.where(row < 0, 1, row).flatten(0, 1)  # what follows changes nothing
+        whole = one_hot(read_on).unflatten(0, tokens.shape)  # [B, T, places, states]
         where = positions.expand(tokens.shape)[..., None, None]
         return whole.gather(2, where.expand(-1, -1, 1, whole.shape[-1]))[:, :, 0]
 

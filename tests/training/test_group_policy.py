@@ -498,7 +498,7 @@ def test_prompts_that_do_not_fit_stop_before_the_first_iteration() -> None:
         ({"minibatches": 5}, "minibatches must divide .*, got 5 and 3 · 4"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"iterations": 0}, "iterations must be at least 1"),
-        ({"sampling_batch_size": 0}, "sampling_batch_size must be positive, or left out"),
+        ({"slots": 0}, "slots must be positive, or left out"),
         ({"final_rate": 1.5}, "final_rate must lie in 0..1"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.models.interface import Params
+from minirlhf.models.interface import Attend, Params, causal
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.training import ppo, ppo_sampling
 from minirlhf.training.experience import Experience
@@ -61,16 +61,18 @@ def test_parameters_that_are_not_those_that_sampled_are_caught(monkeypatch: pyte
 def test_dropout_in_the_training_pass_is_caught() -> None:
     noise, calls = torch.Generator().manual_seed(0), 0
 
-    def with_dropout(params: Params, tokens: Tensor) -> Tensor:
+    def with_dropout(params: Params, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         nonlocal calls
-        calls += 1
-        hidden = MODEL.hidden(params, tokens)
-        if calls <= 9:  # 3 chunks of rows for each of policy, reference and critic: still clean
+        calls += attend is causal  # and not the sampler's
+        hidden = MODEL.states(params, tokens, positions, attend)
+        if (
+            attend is not causal or calls <= 9
+        ):  # 3 chunks of rows for each of policy, reference and critic: still clean
             return hidden
         return hidden * (torch.rand(hidden.shape, generator=noise) > 0.1) / 0.9
 
     with pytest.raises(GuardError, match="dropout"):
-        run(TASK._replace(model=MODEL._replace(hidden=with_dropout)))
+        run(TASK._replace(model=MODEL._replace(states=with_dropout)))
 
 
 def test_a_policy_that_moved_before_its_first_minibatch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

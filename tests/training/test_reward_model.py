@@ -132,7 +132,7 @@ def test_rewards_that_are_all_equal_cannot_be_normalised() -> None:
 def by_length(sign: float) -> tuple[LanguageModel, Params]:
     """A reward of `sign` times the number of tokens."""
     model = MODEL._replace(
-        hidden=lambda params, tokens: torch.arange(tokens.shape[1]).float().expand(tokens.shape)[..., None]
+        states=lambda params, tokens, at, attend: at.float().expand(tokens.shape)[..., None]
     )
     return model, {"score": {"weight": torch.tensor([[sign]])}}
 

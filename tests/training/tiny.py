@@ -100,6 +100,6 @@ def free_states(tokens: Tensor, dim: int) -> tuple[LanguageModel, Params]:
     """A model whose hidden states are its parameters and and its logits too: ∂/∂states = ∂/∂logits."""
     states = torch.randn(*tokens.shape, dim, generator=generator(7))
     model = MODEL._replace(
-        hidden=lambda params, tokens: params["states"], unembedding=lambda params: torch.eye(dim)
+        states=lambda params, tokens, at, attend: params["states"], unembedding=lambda params: torch.eye(dim)
     )
     return model, {"states": states, "score": {"weight": torch.ones(1, dim)}}

@@ -46,8 +46,8 @@ class OwnPairsConfig:
     """Most pairs of one prompt: best and worst, then second best and second worst, and so on."""
     margin: float = 0.2
     """By how much the better response's score must exceed the worse one's, in units of the reward."""
-    sampling_batch_size: int | None = None
-    """Rows decoded together; None takes what fits the sampler's memory budget."""
+    slots: int | None = None
+    """Rows that are sampled at a time; None takes what fits the memory of `generate`."""
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.max_response < 1:
@@ -173,7 +173,7 @@ def _sample(
             seed=seed,
             prompt_index=index,
             sample_index=torch.arange(config.samples).repeat(len(prompts)),
-            batch_size=config.sampling_batch_size,
+            slots=config.slots,
             progress=told,
         )
     return rollout, index
