@@ -133,7 +133,7 @@ class Engine:
             states = [self._decode()] if len(self.row) else []
             if joining:
                 states.append(self._prefill(joining))
-            logits = (torch.cat(states) @ self.unembedding.T).float()
+            logits = torch.nn.functional.linear(torch.cat(states), self.unembedding).float()
             law_logp = self.law(logits)
             if not checked:
                 check_law(law_logp, logits)

@@ -15,6 +15,7 @@ from minirlhf.rollout.engine import Answers, CacheUse, Engine, Law, pages_for
 from minirlhf.rollout.pages import PAGE
 from minirlhf.rollout.parts import common_beginning, parts_of
 from minirlhf.rollout.philox import uniforms
+from minirlhf.rollout.weights import Weights, fastest
 from minirlhf.runs import InputError
 
 EOS, STOP, LENGTH = 0, 1, 2
@@ -73,6 +74,7 @@ def generate(
     sample_index: Tensor,
     slots: int | None = None,
     memory: int = MEMORY,
+    weights: Weights = fastest,
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt.
@@ -87,6 +89,7 @@ def generate(
             uniform of every token. Two rows with equal indices get equal uniforms.
         slots: rows that are live at a time; None for what `memory` allows. It changes no uniform.
         memory: bytes of KV cache and workspace that choose `slots`.
+        weights: what the products of the rollout use; see `rollout.weights`.
         progress: called after each round with the tokens sampled so far in this call.
 
     Returns:
@@ -109,6 +112,7 @@ def generate(
         sample_index=sample_index,
         slots=slots,
         memory=memory,
+        weights=weights,
     )
     for _ in engine.run():
         if progress is not None:
@@ -129,6 +133,7 @@ def stream(
     sample_index: Tensor,
     slots: int | None = None,
     memory: int = MEMORY,
+    weights: Weights = fastest,
 ) -> Iterator[Finished]:
     """`generate`, whose responses come as they finish. A bad request raises at the call."""
     engine = _engine(
@@ -143,6 +148,7 @@ def stream(
         sample_index=sample_index,
         slots=slots,
         memory=memory,
+        weights=weights,
     )
 
     def finished() -> Iterator[Finished]:
@@ -208,6 +214,7 @@ def _engine(
     sample_index: Tensor,
     slots: int | None,
     memory: int,
+    weights: Weights,
 ) -> Engine:
     """Checks everything about a request, then sets up the engine for it."""
     _check_prompts(prompts, stop_ids, max_new_tokens, model.config)
@@ -231,7 +238,7 @@ def _engine(
     parts = parts_of(prompts, slots)
     return Engine(
         model,
-        params,
+        weights(params, slots, max_new_tokens),
         parts,
         common_beginning(parts),
         law=law,
