@@ -128,7 +128,21 @@ class Int8(_Weight):
         weight, scale, zero_points = prepared
         rows, row_scale = _rounded(x.float())
         if x.device.type == "cpu":
-            arguments = (rows, 1.0, 0, weight, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], "")
+            arguments = (
+                rows,
+                1.0,
+                0,
+                weight,
+                scale,
+                zero_points,
+                None,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
+            )
             product = torch.ops.onednn.qlinear_pointwise(*arguments)
         else:  # the same numbers: sums of products of integers below 2²⁴ are exact in fp32 up to 1,040 inputs
             product = (rows.float() @ weight.float().T) * scale

@@ -91,3 +91,25 @@ def test_check_law_refuses_another_shape_unnormalised_rows_and_nan() -> None:
     one_bad = sampling_law(logits).index_fill(0, torch.tensor([2]), torch.nan)
     with pytest.raises(ValueError, match="logsumexp is off by nan"):
         check_law(one_bad, logits)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000, 1024])
+def test_summing_by_blocks_draws_what_one_sum_over_the_vocabulary_does(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    law = torch.rand(200, vocabulary, generator=generator, dtype=torch.float64) ** 8
+    for row in range(200):  # whole blocks without mass, at both ends and in the middle
+        start = int(torch.randint(0, vocabulary, (1,), generator=generator))
+        empty = torch.zeros(vocabulary, dtype=torch.bool)
+        empty[start : start + 600] = row % 2 == 0
+        law[row] = torch.where(empty, 0.0, law[row]) if not empty.all() else law[row]
+    law = (law / law.sum(1, keepdim=True)).log()
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    cumulative = law.exp().cumsum(1)
+    draw = inverse_cdf(law, uniform)
+    clear = ((cumulative - uniform[:, None]).abs() > 1e-12).all(1)
+    expected = torch.searchsorted(cumulative, uniform[:, None], right=True)[:, 0]
+    assert torch.equal(draw.token[clear], expected[clear]) and clear.sum() > 190
+    assert (law[torch.arange(200), draw.token] > -torch.inf).all()
+    inner = (cumulative > 1e-12) & (cumulative < 1 - 1e-12)  # boundaries between two tokens with mass
+    near = (((cumulative - uniform[:, None]).abs() < 1e-5) & inner).any(1)
+    assert torch.equal(draw.near_boundary, near)
