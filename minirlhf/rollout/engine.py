@@ -60,7 +60,8 @@ class Engine:
     Args:
         parts: what to answer, in order; a part has at most `slots` rows.
         beginning: whole pages of tokens that every prompt begins with.
-        uniform: fp64 [B, N] of token t of row b, N being the limit.
+        limits: [B] most tokens of each row.
+        uniform: fp64 [B, N] of token t of row b, N being the largest limit.
         stops: int64 [k] stop ids on the parameters' device.
         answers: where to write; rows are those of `parts`.
     """
@@ -74,6 +75,7 @@ class Engine:
         *,
         law: Law,
         slots: int,
+        limits: _Ints,
         uniform: Tensor,
         stops: Tensor,
         answers: Answers,
@@ -82,7 +84,7 @@ class Engine:
         self.queue, self.beginning = deque(parts), beginning
         self.uniform, self.stops, self.answers = uniform, stops, answers
         self.unembedding = model.unembedding(params)
-        self.device, self.limit = stops.device, uniform.shape[1]
+        self.device, self.limits = stops.device, limits
         self.row, self.position, self.drawn = (np.zeros(0, dtype=np.int64) for _ in range(3))
         self.token, self.sampled = stops.new_zeros(0), 0
         self._allocate(parts)
@@ -96,7 +98,7 @@ class Engine:
             alone = len(part.rows) == 1
             full = (len(part.prompt) - before) // PAGE
             rest = len(part.prompt) - before - (0 if alone else full * PAGE)
-            own += [pages_for(rest + self.limit)] * len(part.rows)
+            own += [pages_for(rest + int(self.limits[row])) for row in part.rows]
             shared += [] if alone else [full]
         like = self.unembedding.new_empty(0)
 
@@ -233,7 +235,7 @@ class Engine:
         out.boundary.add_(near.sum())
         self.token, self.drawn, self.sampled = token, self.drawn + 1, self.sampled + len(token)
         stopped = torch.isin(token, self.stops)
-        ended = stopped.cpu().numpy() | (self.drawn == self.limit)
+        ended = stopped.cpu().numpy() | (self.drawn == self.limits[self.row])
         if not ended.any():
             return np.zeros(0, dtype=np.int64)
         gone = self._there(np.flatnonzero(ended))

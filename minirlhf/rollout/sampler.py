@@ -7,6 +7,7 @@ begin with. Each token is drawn by the inverse CDF from one counter-based unifor
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     law: Law,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     seed: int,
     prompt_index: Tensor,
@@ -83,7 +84,7 @@ def generate(
         prompts: B lists of token ids, none empty; a stop id inside a prompt is an ordinary token. For n
             samples of a prompt give it n times: it is read once.
         law: what to sample from; `greedy_law` and any `sampling_law` of objectives.sampling fit.
-        max_new_tokens: most tokens per response, the stop token counted.
+        max_new_tokens: most tokens per response, the stop token counted; one number, or one per prompt.
         stop_ids: a response ends with the first of these it draws; the first of them is EOS. May be empty.
         seed, prompt_index, sample_index: int and int64 [B], [B]: together with the position they fix the
             uniform of every token. Two rows with equal indices get equal uniforms.
@@ -126,7 +127,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     law: Law,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     seed: int,
     prompt_index: Tensor,
@@ -207,7 +208,7 @@ def _engine(
     prompts: Sequence[Sequence[int]],
     *,
     law: Law,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     seed: int,
     prompt_index: Tensor,
@@ -217,20 +218,21 @@ def _engine(
     weights: Weights,
 ) -> Engine:
     """Checks everything about a request, then sets up the engine for it."""
-    _check_prompts(prompts, stop_ids, max_new_tokens, model.config)
+    limits = _limits(max_new_tokens, len(prompts))
+    _check_prompts(prompts, stop_ids, limits, model.config)
     for name, index in (("prompt_index", prompt_index), ("sample_index", sample_index)):
         if index.shape != (len(prompts),):
             raise ValueError(f"{name} must have shape [{len(prompts)}], got {list(index.shape)}")
     if slots is not None and slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
-    longest, batch = max(len(prompt) for prompt in prompts), len(prompts)
-    slots = min(slots or default_slots(model, params, longest, max_new_tokens, memory), batch)
+    longest, batch, most = max(len(prompt) for prompt in prompts), len(prompts), max(limits)
+    slots = min(slots or default_slots(model, params, longest, most, memory), batch)
     device = model.unembedding(params).device
-    positions = torch.arange(max_new_tokens)
+    positions = torch.arange(most)
     answers = Answers(
-        tokens=torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device),
-        logp=torch.zeros(batch, max_new_tokens, device=device),
-        sampled_logp=torch.zeros(batch, max_new_tokens, device=device),
+        tokens=torch.zeros(batch, most, dtype=torch.int64, device=device),
+        logp=torch.zeros(batch, most, device=device),
+        sampled_logp=torch.zeros(batch, most, device=device),
         lengths=torch.zeros(batch, dtype=torch.int64, device=device),
         stop=torch.zeros(batch, dtype=torch.int64, device=device),
         boundary=torch.zeros((), dtype=torch.int64, device=device),
@@ -238,11 +240,12 @@ def _engine(
     parts = parts_of(prompts, slots)
     return Engine(
         model,
-        weights(params, slots, max_new_tokens),
+        weights(params, slots, most),
         parts,
         common_beginning(parts),
         law=law,
         slots=slots,
+        limits=np.array(limits),
         uniform=uniforms(seed, prompt_index.cpu()[:, None], sample_index.cpu()[:, None], positions),
         stops=torch.tensor(list(stop_ids), dtype=torch.int64, device=device),
         answers=answers,
@@ -278,22 +281,20 @@ def _right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _check_prompts(
-    prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int, config: Any
+    prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], limits: list[int], config: Any
 ) -> None:
     vocabulary, context = config.vocab_size, config.n_positions
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not len(prompts):
         raise InputError("no prompts to sample from")
     for stop in stop_ids:
         if not 0 <= stop < vocabulary:
             raise InputError(f"stop id {stop} is outside the vocabulary of {vocabulary}")
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not len(prompt):
             raise InputError(f"prompt {number} is empty: the first response token needs one before it")
-        if len(prompt) + max_new_tokens > context:
+        if len(prompt) + limit > context:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that "
+                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {limit} that "
                 f"exceeds the context of {context}"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
@@ -301,3 +302,13 @@ def _check_prompts(
                 f"prompt {number} has ids {min(prompt)} .. {max(prompt)}, "
                 f"outside the vocabulary of {vocabulary}"
             )
+
+
+def _limits(max_new_tokens: int | Sequence[int], count: int) -> list[int]:
+    """One limit per prompt."""
+    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != count:
+        raise ValueError(f"max_new_tokens must be one number, or {count}, got {len(limits)}")
+    if min(limits, default=max_new_tokens if isinstance(max_new_tokens, int) else 1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits, default=max_new_tokens)}")
+    return limits

@@ -4,7 +4,7 @@ A page in `models/` calls torch's products on whatever lies in its parameters, s
 an object that answers for it (`__torch_function__`); no family knows. What is replaced is made anew in every
 call of the sampler: there is no copy that an update of the parameters could leave behind.
 
-Seconds · 1000 of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX, torch 2.13:
+Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX:
 
     rows    as they are     packed        int8
        1      14 +  5      16 +  5       5.6

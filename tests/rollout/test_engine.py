@@ -12,6 +12,7 @@ from minirlhf.objectives.sampling import sampling_law
 from minirlhf.rollout.pages import PAGE
 from minirlhf.rollout.sampler import Rollout, generate, response_mask, stream
 from minirlhf.rollout.weights import as_they_are
+from minirlhf.runs import InputError
 from tests.models.cases import CASES, Case, tiny_model
 from tests.rollout.known_models import rows, tiny_gpt2
 
@@ -211,3 +212,23 @@ def test_every_law_is_drawn_from_in_every_slot() -> None:
     logits = aligned(model.hidden(params, rollout.tokens)) @ model.unembedding(params).T
     under = law(logits.float()).gather(-1, rollout.tokens[..., None])[..., 0]
     torch.testing.assert_close(rollout.sampled_logp[mask], under[mask], atol=1e-5, rtol=0)
+
+
+def test_each_row_may_have_a_limit_of_its_own() -> None:
+    model, params = a_model()
+    prompts, limits = [text(40), text(3), text(3), text(9, seed=4)], [3, 50, 1, 20]
+    index = torch.arange(4)
+    rollout = generate(
+        model, params, prompts, law=sampling_law, max_new_tokens=limits, stop_ids=[], seed=3,
+        prompt_index=index, sample_index=index, slots=2, weights=as_they_are,
+    )  # fmt: skip
+    assert (rollout.lengths - rollout.prompt_lengths).tolist() == limits
+    longest = draw(model, params, prompts, limit=50)
+    for one, other, length in zip(rows(rollout), rows(longest), rollout.lengths.tolist(), strict=True):
+        assert one[: len(other)] == other[:length], "until the stop, which the limit does not change"
+    with pytest.raises(ValueError, match=r"max_new_tokens must be one number, or 4, got 3"):
+        draw(model, params, prompts, limit=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"max_new_tokens must be at least 1, got 0"):
+        draw(model, params, prompts, limit=[1, 2, 3, 0])
+    with pytest.raises(InputError, match="prompt 0 has 40 tokens; with max_new_tokens 100 that exceeds"):
+        draw(model, params, prompts, limit=[100, 2, 3, 4])
