@@ -27,6 +27,7 @@ import tyro
 from machine import measure
 from rich.console import Console
 from rollout_systems import SYSTEMS, Subject
+from torch.utils._pytree import tree_map
 from workloads import WORKLOADS, flops_per_token, gpt2_124m
 
 from minirlhf.models import gpt2
@@ -44,7 +45,7 @@ class Options:
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Which ones; those that are not installed are left out, which is said."""
     workloads: tuple[Literal["equal", "skewed"], ...] = ("equal", "skewed")
-    """equal: 64 + 64 tokens. skewed: 256 prompts of 8-128 tokens, responses geometric, mean 48, at most 256."""
+    """equal: 64 + 64 tokens. skewed: 256 prompts of 8-128, responses geometric of mean 48, at most 256."""
     batches: tuple[int, ...] = (1, 8, 32, 128)
     """Rows at a time. The skewed workload runs with those of at least 8."""
     device: str = "cpu"
@@ -101,10 +102,10 @@ def report(record: dict[str, Any]) -> str:
         f"{record['results'][0]['machine']['name']}, {record['results'][0]['machine']['threads']} threads, "
         f"{record['options']['dtype']}; {record['versions']}.",
         "",
-        "tokens/s: generated, median of counted runs [slowest, fastest]. of limit: of the machine's matrix-product "
-        "rate. KV: bytes of pages in use per byte of live tokens, when fullest.",
+        "tokens/s: generated, median of counted runs [slowest, fastest]. of limit: of the rate of a "
+        "large matrix product. KV: bytes of pages in use per byte of live tokens, when fullest.",
         "",
-        "| workload | batch | system | tokens/s | prefill s | decode s | once s | of limit % | peak MB | KV |",
+        "| workload | batch | system | tokens/s | prefill s | decode s | once s | of limit | peak MB | KV |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in sorted(record["results"], key=lambda each: (each["workload"], each["batch"])):
@@ -113,10 +114,11 @@ def report(record: dict[str, Any]) -> str:
             lines.append(head + f"{each['failed']} | | | | | | |")
             continue
         low, high = each["spread"]
+        seconds = f"{each['prefill']:.2f} | {each['decode']:.2f} | {each['once']:.2f}"
         cache = "" if each["cache"] is None else f"{each['cache']:.2f}"
         lines.append(
-            head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['prefill']:.2f} | "
-            f"{each['decode']:.2f} | {each['once']:.2f} | {each['of_limit']:.0%} | {each['peak_mb']:.0f} | {cache} |"
+            head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {seconds} | "
+            f"{each['of_limit']:.0%} | {each['peak_mb']:.0f} | {cache} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -128,7 +130,7 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
     config = gpt2_124m()
     model = gpt2.bind(config)
     params = model.init(torch.Generator().manual_seed(0))
-    params = move(torch.utils._pytree.tree_map(lambda leaf: leaf.to(precision), params), device)
+    params = move(tree_map(lambda leaf: leaf.to(precision), params), device)
     machine = measure(device, precision)
     workload = WORKLOADS[kind](config, batch)
     run = SYSTEMS[name](Subject(model, params, device))
@@ -140,12 +142,20 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     return {
-        "system": name, "workload": kind, "batch": batch, "tokens": workload.tokens, "tokens_per_second": rate,
+        "system": name,
+        "workload": kind,
+        "batch": batch,
+        "tokens": workload.tokens,
+        "tokens_per_second": rate,
         "spread": [workload.tokens / costs[-1].seconds, workload.tokens / costs[0].seconds],
-        "prefill": middle.prefill, "decode": middle.decode, "once": middle.once, "cache": middle.cache,
+        "prefill": middle.prefill,
+        "decode": middle.decode,
+        "once": middle.once,
+        "cache": middle.cache,
         "of_limit": rate * flops_per_token(model, params) / machine.gflops / 1e9,
-        "peak_mb": peak, "machine": dataclasses.asdict(machine),
-    }  # fmt: skip
+        "peak_mb": peak,
+        "machine": dataclasses.asdict(machine),
+    }
 
 
 def _in_a_process(name: str, kind: str, batch: int, options: Options) -> dict[str, Any]:

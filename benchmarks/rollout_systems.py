@@ -74,7 +74,8 @@ def ours(subject: Subject, *, kind: weights.Weights, refill: bool = True) -> Run
         step = len(workload.prompts) if refill else workload.batch
         start, ratio = _now(device), 0.0
         for first in range(0, len(workload.prompts), step):
-            prompts, new = (each[first : first + step] for each in (workload.prompts, workload.new))
+            prompts = workload.prompts[first : first + step]
+            new = workload.new[first : first + step]
             index = torch.arange(len(prompts))
             rollout = generate(
                 timed, params, prompts, law=sampling_law, max_new_tokens=new, stop_ids=[], seed=0,
@@ -96,6 +97,7 @@ def hugging_face(subject: Subject, *, static: bool = False) -> Run:
     import transformers
 
     model, params, device = subject
+    theirs: Any
     with tempfile.TemporaryDirectory() as folder:
         save_language_model(Path(folder) / "model", model, params, tokenizer=None)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model")

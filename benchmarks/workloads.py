@@ -47,7 +47,7 @@ def gpt2_124m() -> gpt2.GPT2Config:
 
 
 def flops_per_token(model: LanguageModel, params: Params) -> float:
-    """Of a decode step: two per entry of a matrix that multiplies (the embedding's table once, as the head)."""
+    """Of a decode step: two per entry of a matrix that multiplies, the embedding's table as the head."""
     entries = sum(leaf.numel() for leaf in tree_leaves(params) if leaf.ndim == 2)
     looked_up = params["wpe"]["weight"].numel()
     return 2.0 * (entries - looked_up)

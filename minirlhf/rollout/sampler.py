@@ -53,9 +53,9 @@ class Rollout(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """One response, as soon as it has ended: index of its prompt; the rest as in `Rollout`, [N] each."""
+    """One response, as soon as it has ended: the number of its prompt; the rest as in `Rollout`, [N] each."""
 
-    index: int
+    prompt: int
     tokens: Tensor
     logp: Tensor
     sampled_logp: Tensor

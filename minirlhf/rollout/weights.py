@@ -74,12 +74,12 @@ class _Weight:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.addmm and not kwargs and isinstance(args[2], _Weight):
-            bias, x, weight = args
-            return weight.product(x, bias, outputs_first=False)
-        if func is F.linear and isinstance(args[1], _Weight):
-            x, weight, bias = (*args, (kwargs or {}).get("bias"))[:3]
-            return weight.product(x, bias, outputs_first=True)
+        given = list(args)
+        if func is torch.addmm and not kwargs and isinstance(given[2], _Weight):
+            return given[2].product(given[1], given[0], outputs_first=False)
+        if func is F.linear and isinstance(given[1], _Weight):
+            bias = given[2] if len(given) > 2 else (kwargs or {}).get("bias")
+            return given[1].product(given[0], bias, outputs_first=True)
         plain = tree_map(lambda x: x.weight if isinstance(x, _Weight) else x, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 

@@ -33,7 +33,7 @@ def draw(
     params: Params,
     prompts: list[list[int]],
     *,
-    limit: int = 50,
+    limit: int | list[int] = 50,
     slots: int | None = None,
 ) -> Rollout:
     index = torch.arange(len(prompts))
@@ -162,14 +162,14 @@ def test_a_stream_gives_each_response_once_as_soon_as_it_has_ended() -> None:
             prompt_index=index, sample_index=index, slots=2, weights=as_they_are,
         )
     )  # fmt: skip
-    assert sorted(each.index for each in finished) == list(range(6))
-    assert [each.index for each in finished] != list(range(6)), "the order is that of finishing"
+    assert sorted(each.prompt for each in finished) == list(range(6))
+    assert [each.prompt for each in finished] != list(range(6)), "the order is that of finishing"
     for each in finished:
-        span = slice(int(whole.prompt_lengths[each.index]), int(whole.lengths[each.index]))
-        assert torch.equal(each.tokens, whole.tokens[each.index, span])
-        assert torch.equal(each.logp, whole.logp[each.index, span])
-        assert torch.equal(each.sampled_logp, whole.sampled_logp[each.index, span])
-        assert each.stop_reason == whole.stop_reason[each.index]
+        span = slice(int(whole.prompt_lengths[each.prompt]), int(whole.lengths[each.prompt]))
+        assert torch.equal(each.tokens, whole.tokens[each.prompt, span])
+        assert torch.equal(each.logp, whole.logp[each.prompt, span])
+        assert torch.equal(each.sampled_logp, whole.sampled_logp[each.prompt, span])
+        assert each.stop_reason == whole.stop_reason[each.prompt]
 
 
 def test_a_stream_refuses_a_bad_request_at_the_call() -> None:

@@ -1,6 +1,7 @@
 """What a rollout multiplies by: packed weights are the weights, 8-bit ones are what their equation says."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ def matrix(out: int, width: int, *, seed: int = 0) -> Tensor:
     return torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
 
 
+def eight(weight: Tensor) -> Any:
+    """Not a tensor, but torch's products take it for one."""
+    return Int8(weight)
+
+
+def packed(weight: Tensor) -> Any:
+    return Packed(weight, rows=8)
+
+
 def by_the_equation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """fp64: round(x / s_x) and round(w / s_w) as numbers, then the product, then the scales."""
     sx, sw = x.abs().amax(1, keepdim=True) / 127, weight.abs().amax(1, keepdim=True) / 127
@@ -36,14 +46,14 @@ def test_8_bit_products_are_those_of_the_equation_in_both_orientations(rows_: in
     x[0] = 0.0 if rows_ > 1 else x[0]
     bias = matrix(1, 70, seed=2)[0] if biased else None
     expected = by_the_equation(x, weight, bias)
-    torch.testing.assert_close(F.linear(x, Int8(weight), bias).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(F.linear(x, eight(weight), bias).double(), expected, rtol=0, atol=1e-4)
     if bias is not None:
-        got = torch.addmm(bias, x, Int8(weight.T.contiguous()))
+        got = torch.addmm(bias, x, eight(weight.T.contiguous()))
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_row_is_quantised_by_itself() -> None:
-    weight, x = Int8(matrix(64, 40)), matrix(5, 40, seed=1)
+    weight, x = eight(matrix(64, 40)), matrix(5, 40, seed=1)
     together = F.linear(x, weight)
     x[1:] *= 1000
     assert torch.equal(F.linear(x, weight)[0], together[0])
@@ -53,15 +63,15 @@ def test_packed_products_are_the_plain_ones_but_for_rounding() -> None:
     weight, x, bias = matrix(300, 200), matrix(9, 200, seed=1), matrix(1, 300, seed=2)[0]
     expected = F.linear(x.double(), weight.double(), bias.double())
     for product in (
-        F.linear(x, Packed(weight, rows=8), bias),
-        torch.addmm(bias, x, Packed(weight.T.contiguous(), rows=8)),
-        F.linear(x.view(3, 3, 200), Packed(weight, rows=8), bias).view(9, 300),
+        F.linear(x, packed(weight), bias),
+        torch.addmm(bias, x, packed(weight.T.contiguous())),
+        F.linear(x.view(3, 3, 200), packed(weight), bias).view(9, 300),
     ):
         torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Int8, lambda weight: Packed(weight, rows=8)])
-def test_elsewhere_a_replaced_weight_is_the_weight(kind: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("kind", [eight, packed])
+def test_elsewhere_a_replaced_weight_is_the_weight(kind: Callable[[Tensor], Any]) -> None:
     weight = matrix(30, 20)
     replaced, ids = kind(weight), torch.tensor([[3, 29]])
     assert torch.equal(F.embedding(ids, replaced), weight[ids])
@@ -81,7 +91,7 @@ def wide_model(case: Case | None = None) -> tuple[LanguageModel, Params]:
 def draw(model: LanguageModel, params: Params, kind: weights.Weights, **changed: int) -> Rollout:
     prompts = [[1, 2, 3], [4], [5, 6], [1, 2, 3], [9, 8], [7]]
     index = torch.arange(len(prompts))
-    settings = {"max_new_tokens": 18, "slots": 6} | changed
+    settings: dict[str, Any] = {"max_new_tokens": 18, "slots": 6} | changed
     return generate(
         model, params, prompts, law=sampling_law, stop_ids=[], seed=3, prompt_index=index, sample_index=index,
         weights=kind, **settings,
@@ -96,15 +106,15 @@ def test_every_family_samples_the_same_with_packed_weights_and_its_law_moves_lit
     products, multiply = [], Packed.multiply
     monkeypatch.setattr(Packed, "multiply", lambda *given: products.append(1) or multiply(*given))
     model, params = wide_model(case)
-    plain, packed = draw(model, params, as_they_are), draw(model, params, fastest)
+    plain, fast = draw(model, params, as_they_are), draw(model, params, fastest)
     assert len(products) >= 18 * (4 * model.cache.layers + 1), "products that were not packed"
-    same = (plain.tokens == packed.tokens).all(1)
+    same = (plain.tokens == fast.tokens).all(1)
     assert (~same).sum() <= plain.boundary_draws <= 1
-    torch.testing.assert_close(packed.logp[same], plain.logp[same], atol=1e-4, rtol=0)
-    eight = draw(model, params, int8)
-    logits = torch.log_softmax(model.hidden(params, eight.tokens) @ model.unembedding(params).T, -1)
-    exact = logits[:, :-1].gather(-1, eight.tokens[:, 1:, None])[..., 0]
-    gap = (exact - eight.logp[:, 1:])[response_mask(eight)[:, 1:]].abs()
+    torch.testing.assert_close(fast.logp[same], plain.logp[same], atol=1e-4, rtol=0)
+    rounded = draw(model, params, int8)
+    logits = torch.log_softmax(model.hidden(params, rounded.tokens) @ model.unembedding(params).T, -1)
+    exact = logits[:, :-1].gather(-1, rounded.tokens[:, 1:, None])[..., 0]
+    gap = (exact - rounded.logp[:, 1:])[response_mask(rounded)[:, 1:]].abs()
     assert 1e-6 < gap.max() < 1.0
 
 
