@@ -18,7 +18,7 @@ from torch import Tensor
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.attention import decoding, prefilling
 from minirlhf.rollout.draw import check_law, inverse_cdf
-from minirlhf.rollout.pages import NOBODY, PAGE, Pages, table_of
+from minirlhf.rollout.pages import NOBODY, PAGE, Pages, pages_for, table_of
 from minirlhf.rollout.parts import Part
 
 Law = Callable[[Tensor], Tensor]
@@ -275,11 +275,6 @@ class Engine:
 
     def _there(self, values: _Ints) -> Tensor:
         return torch.from_numpy(values).to(self.device)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-tokens // PAGE)
 
 
 def _paged(leaf: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ NOBODY = -1
 _Ints = NDArray[np.int64]
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
 class Pages:
     """An arena of pages, each read by at most `width` rows. Rows are known by their slot in the batch.
 

@@ -5,27 +5,21 @@ begin with. Each token is drawn by the inverse CDF from one counter-based unifor
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.rollout.engine import Answers, CacheUse, Engine, Law, pages_for
-from minirlhf.rollout.pages import PAGE
+from minirlhf.rollout.engine import Answers, CacheUse, Engine, Law
 from minirlhf.rollout.parts import common_beginning, parts_of
 from minirlhf.rollout.philox import uniforms
+from minirlhf.rollout.request import MEMORY, check, default_slots, limits_of
 from minirlhf.rollout.weights import Weights, fastest
-from minirlhf.runs import InputError
 
 EOS, STOP, LENGTH = 0, 1, 2
 """Why a response ended, in `Rollout.stop_reason`: the first stop id, another stop id, the length limit."""
-
-MEMORY = 2**30
-"""Bytes that cache and workspace of a call may take where the caller names no number of slots."""
-
-_MOST_SLOTS = 512  # on a CPU core, 0.9 M parameters: as fast from 128 to 2,048 rows
 
 
 class Rollout(NamedTuple):
@@ -178,30 +172,6 @@ def responses(rollout: Rollout) -> list[list[int]]:
     return [row[start:end] for row, start, end in spans]
 
 
-def default_slots(
-    model: LanguageModel, params: Params, longest_prompt: int, max_new_tokens: int, memory: int = MEMORY
-) -> int:
-    """Rows whose cache, prefill activations and sampling workspace fit in `memory` bytes.
-
-    Raises:
-        InputError: not even one row does.
-    """
-    unembedding = model.unembedding(params)
-    vocabulary, width = unembedding.shape
-    shape = model.cache
-    page = 2 * shape.layers * shape.heads * shape.width * PAGE * unembedding.element_size()
-    cache = pages_for(longest_prompt + max_new_tokens) * page
-    prefill = longest_prompt * 16 * width * 4  # activations of one block
-    sampling = 48 * vocabulary  # logits, the law's intermediates, fp64 cumulative sum
-    row = cache + prefill + sampling
-    if row > memory:
-        raise InputError(
-            f"one row of {longest_prompt} + {max_new_tokens} tokens takes {row:,} bytes of cache and "
-            f"workspace, and memory is {memory:,}; allow more, or ask for shorter responses"
-        )
-    return min(_MOST_SLOTS, memory // row)
-
-
 def _engine(
     model: LanguageModel,
     params: Params,
@@ -218,8 +188,8 @@ def _engine(
     weights: Weights,
 ) -> Engine:
     """Checks everything about a request, then sets up the engine for it."""
-    limits = _limits(max_new_tokens, len(prompts))
-    _check_prompts(prompts, stop_ids, limits, model.config)
+    limits = limits_of(max_new_tokens, len(prompts))
+    check(prompts, stop_ids, limits, model.config)
     for name, index in (("prompt_index", prompt_index), ("sample_index", sample_index)):
         if index.shape != (len(prompts),):
             raise ValueError(f"{name} must have shape [{len(prompts)}], got {list(index.shape)}")
@@ -278,37 +248,3 @@ def _assemble(prompts: Sequence[Sequence[int]], answers: Answers) -> Rollout:
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
-
-
-def _check_prompts(
-    prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], limits: list[int], config: Any
-) -> None:
-    vocabulary, context = config.vocab_size, config.n_positions
-    if not len(prompts):
-        raise InputError("no prompts to sample from")
-    for stop in stop_ids:
-        if not 0 <= stop < vocabulary:
-            raise InputError(f"stop id {stop} is outside the vocabulary of {vocabulary}")
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not len(prompt):
-            raise InputError(f"prompt {number} is empty: the first response token needs one before it")
-        if len(prompt) + limit > context:
-            raise InputError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {limit} that "
-                f"exceeds the context of {context}"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise InputError(
-                f"prompt {number} has ids {min(prompt)} .. {max(prompt)}, "
-                f"outside the vocabulary of {vocabulary}"
-            )
-
-
-def _limits(max_new_tokens: int | Sequence[int], count: int) -> list[int]:
-    """One limit per prompt."""
-    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if len(limits) != count:
-        raise ValueError(f"max_new_tokens must be one number, or {count}, got {len(limits)}")
-    if min(limits, default=max_new_tokens if isinstance(max_new_tokens, int) else 1) < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits, default=max_new_tokens)}")
-    return limits

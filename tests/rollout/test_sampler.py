@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import greedy_law, sampling_law
+from minirlhf.rollout.request import default_slots
 from minirlhf.rollout.sampler import (
     EOS,
     LENGTH,
     STOP,
-    default_slots,
     generate,
     response_mask,
     responses,
