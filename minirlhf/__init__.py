@@ -44,6 +44,7 @@ PUBLIC_MODULES = (
     "minirlhf.data.gold",
     "minirlhf.data.world_files",
     "minirlhf.rollout.sampler",
+    "minirlhf.rollout.weights",
     "minirlhf.training.update",
     "minirlhf.training.experience",
     "minirlhf.training.rewards",
