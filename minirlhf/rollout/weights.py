@@ -13,6 +13,7 @@ Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores wit
      128      87 + 39      82 + 38      14.8
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ def int8(params: Params, slots: int, steps: int) -> Params:
     return _replaced(params, Int8, {torch.float32, torch.bfloat16, torch.float64})
 
 
-class _Weight:
+class _Weight(ABC):
     """A matrix that answers for itself in products, and is the matrix it was made from everywhere else."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -91,13 +92,13 @@ class _Weight:
         rows = x.reshape(-1, x.shape[-1])
         return self.multiply(rows, self.by_output[outputs_first], bias).view(*x.shape[:-1], -1)
 
+    @abstractmethod
     def prepare(self, matrix: Tensor) -> Any:
         """What products need of the matrix [out, in]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(self, x: Tensor, prepared: Any, bias: Tensor | None) -> Tensor:
         """x [N, in] -> [N, out]."""
-        raise NotImplementedError
 
 
 class Packed(_Weight):
