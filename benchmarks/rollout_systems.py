@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,14 +144,17 @@ def hugging_face(subject: Subject, *, static: bool = False) -> Run:
 
 def ctranslate2(subject: Subject, *, precision: str) -> Run:
     """CTranslate2's own batching: examples sorted by length, as many rows at a time as ours has slots."""
-    import ctranslate2 as library
     import transformers
+
+    library = import_module("ctranslate2")  # by name: a type checker need not have it
 
     model, params, _ = subject
     folder = Path(tempfile.mkdtemp())
     save_language_model(folder / "model", model, params, tokenizer=None)
     words = {f"t{number}": number for number in range(model.config.vocab_size)}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_words(words), eos_token="t50256")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_words(words), **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t50256")
+    )
     tokenizer.save_pretrained(folder / "model")
     library.converters.TransformersConverter(str(folder / "model")).convert(str(folder / "converted"))
     device = "cuda" if subject.device.type == "cuda" else "cpu"
