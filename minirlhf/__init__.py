@@ -64,6 +64,7 @@ PUBLIC_MODULES = (
     "minirlhf.evaluation.judges",
     "minirlhf.evaluation.compare",
     "minirlhf.evaluation.verdict",
+    "minirlhf.evaluation.best_of_n",
     "minirlhf.runs",
     "minirlhf.recipes",
 )

@@ -166,6 +166,11 @@ ALLOWED: tuple[Allowed, ...] = (
         turns("detach", ("tempered", "z.amax(", "z.detach().amax(")),
     ),
     Allowed(
+        "any size of blocks",
+        "How many tokens are summed at a time changes no draw.",
+        turns("constant", ("<module>", "= 256", "= 257"), ("<module>", "= 256", "= 255")),
+    ),
+    Allowed(
         "a division by one",
         "Dividing by a temperature of 1 changes no number; it is left out for speed.",
         turns(

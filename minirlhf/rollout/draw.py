@@ -51,7 +51,7 @@ def inverse_cdf(law_logp: Tensor, uniform: Tensor) -> Draw:
     last_block = _first_total(up_to)
     block = torch.minimum(torch.searchsorted(up_to, uniform, right=True), last_block)
     before = torch.where(block > 0, up_to.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = mass.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    inside = mass[torch.arange(batch, device=mass.device), block[:, 0]]
     cumulative = before + inside.cumsum(-1, dtype=torch.float64)  # [B, _BLOCK]
     last = _first_total(cumulative)
     place = torch.minimum(torch.searchsorted(cumulative, uniform, right=True), last)

@@ -24,8 +24,7 @@ from minirlhf.objectives.masked import select, sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
 from minirlhf.training.experience import by_rows, logp_of, penalised_score
 from minirlhf.training.group_config import GroupConfig
-from minirlhf.training.guards import check_sampler, tolerance_for
-from minirlhf.training.ppo_sampling import prompts_of, respond
+from minirlhf.training.ppo_sampling import corrected, prompts_of, respond
 from minirlhf.training.rewards import Scorer
 
 
@@ -123,10 +122,8 @@ def sample(
     )
     score = scorer(rollout, prompt_index)
     experience = collect(model, policy, reference, rollout, score, config, objective)
-    gap = check_sampler(
-        rollout.sampled_logp, experience.old_logp, experience.mask, tolerance=tolerance_for(policy)
-    )
-    return GroupSampled(prompt_index, rollout, experience, gap)
+    gap, advantage = corrected(policy, rollout, experience, config)
+    return GroupSampled(prompt_index, rollout, experience._replace(advantage=advantage), gap)
 
 
 def grouped(prompt_index: Tensor, samples: int) -> Tensor:

@@ -6,6 +6,7 @@ What it shares with training by groups of samples (group_config) comes first.
 from dataclasses import dataclass
 
 from minirlhf.runs import InputError
+from minirlhf.training.mismatch import Precision
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class OnPolicyConfig:
     """Rows per forward and backward pass of the trainer; changes memory and speed, not the gradient."""
     slots: int | None = None
     """Rows that are sampled at a time; None takes what fits the memory of `generate`. Changes no uniform."""
+    rollout_precision: Precision = "full"
+    """full: sample with the parameters. int8: with an 8-bit copy, made anew from them in every iteration, and
+    weight each token's loss by min(π/π_sampler, importance_cap). On a CPU that samples faster."""
+    importance_cap: float = 2.0
+    """Largest importance weight of a token; acts with a rollout_precision that is not full."""
     max_response: int = 53
     """Most tokens sampled per response, the stop token counted."""
     temperature: float = 0.7
@@ -55,7 +61,9 @@ class OnPolicyConfig:
     def __post_init__(self) -> None:
         counts = ("iterations", "epochs", "minibatches", "micro_batch_size", "max_response", "evaluate_every")
         self._check_at_least_one(*counts)
-        self._check_positive("temperature", "learning_rate", "adam_epsilon", "max_grad_norm")
+        self._check_positive(
+            "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "importance_cap"
+        )
         self._check_positive_if_set("slots")
         if not 0 <= self.final_rate <= 1:
             raise InputError(f"final_rate must lie in 0..1, got {self.final_rate}")

@@ -7,6 +7,7 @@ from minirlhf.objectives.masked import sequence_sum
 from minirlhf.objectives.value import explained_variance
 from minirlhf.rollout.sampler import LENGTH, Rollout
 from minirlhf.training.experience import PolicyRows, Sampled
+from minirlhf.training.mismatch import mismatch_metrics
 
 METRICS = {
     # TRL's names and formulas. What TRL averages over padding too is averaged over response tokens here.
@@ -38,6 +39,9 @@ METRICS = {
     "response/length_mean": "response tokens, the stop token counted",
     "response/missing_eos": "share of responses that no stop token ended",
     "guard/sampler_gap": "largest |recorded - recomputed| log-prob of a sampled token, nats",
+    "sampler/kl": "k3 of KL(π_sampler‖π_old), token mean, nats: 0 but for rounding, unless rollouts are int8",
+    "sampler/largest_ratio": "largest π_old/π_sampler of a sampled token",
+    "sampler/effective_share": "(Σ w)² / (n Σ w²) of those ratios w: effective share of the n tokens",
     "guard/off_policy_tokens": "share of tokens with |log ratio| above the tolerance at the first minibatch",
     "perf/tokens_per_second": "response tokens sampled and learned from, per second of the iteration",
 }
@@ -61,7 +65,7 @@ def rollout_metrics(
     mask = experience.mask
     kl = sequence_sum(kl_k1(experience.old_logp, experience.ref_logp, mask), mask).mean()
     score = experience.score.mean()
-    values = {
+    values = mismatch_metrics(experience.old_logp, rollout.sampled_logp, mask) | {
         "objective/kl": kl,
         "objective/entropy": -sequence_sum(experience.old_logp, mask).mean(),
         "objective/non_score_reward": -kl_coefficient * kl,

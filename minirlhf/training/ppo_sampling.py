@@ -6,6 +6,7 @@ the episode, so that any iteration can be repeated alone.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,8 +17,16 @@ from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate, response_mask
-from minirlhf.training.experience import Sampled, by_rows, collect, logp_of, penalised_score
-from minirlhf.training.guards import check_sampler, tolerance_for
+from minirlhf.training.experience import (
+    PolicyRows,
+    Sampled,
+    by_rows,
+    collect,
+    logp_of,
+    penalised_score,
+)
+from minirlhf.training.guards import check_sampler
+from minirlhf.training.mismatch import WEIGHTS, tolerated_gap, weighted
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.rewards import Scorer
 
@@ -67,10 +76,8 @@ def sample(
         lam=config.lam,
         micro_batch_size=config.micro_batch_size,
     )
-    gap = check_sampler(
-        rollout.sampled_logp, experience.old_logp, experience.mask, tolerance=tolerance_for(policy)
-    )
-    return Sampled(prompt_index, rollout, experience, gap)
+    gap, advantage = corrected(policy, rollout, experience, config)
+    return Sampled(prompt_index, rollout, experience._replace(advantage=advantage), gap)
 
 
 def respond(
@@ -96,7 +103,23 @@ def respond(
         prompt_index=prompt_index,
         sample_index=sample_index,
         slots=config.slots,
+        weights=WEIGHTS[config.rollout_precision],
     )
+
+
+def corrected(
+    policy: Params, rollout: Rollout, experience: PolicyRows, config: OnPolicyConfig
+) -> tuple[float, Tensor]:
+    """The sampler's gap, and the advantages [N, T], weighted for it where the sampler had other weights.
+
+    Raises:
+        GuardError: sampler and trainer had the same weights, and yet their log-probs differ.
+    """
+    old_logp, sampled_logp, mask = experience.old_logp, rollout.sampled_logp, experience.mask
+    precision = config.rollout_precision
+    gap = check_sampler(sampled_logp, old_logp, mask, tolerance=tolerated_gap(policy, precision))
+    laws = (old_logp, sampled_logp, mask)
+    return gap, weighted(experience.advantage, *laws, precision=precision, cap=config.importance_cap)
 
 
 def prompts_of(episodes: Tensor, prompts: int, *, seed: int) -> Tensor:
@@ -145,6 +168,7 @@ def objective_on(
     """
     index = torch.arange(len(prompts))
     stops = model.stop_ids if stop_ids is None else stop_ids
+    config = replace(config, rollout_precision="full")  # it is the policy that is judged, not its copy
 
     @torch.no_grad()
     def evaluate(params: Params) -> dict[str, float]:

@@ -124,7 +124,7 @@ def test_our_own_modules_are_restored_by_every_kind_of_mutant() -> None:
     from mutation.mutants import mutants_of
 
     def pictures() -> list[Any]:
-        functions = (draw.inverse_cdf, draw.check_law)
+        functions = (draw.inverse_cdf, draw.check_law, draw._first_total)
         return [dict(vars(draw)), [(f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]]
 
     before = pictures()

@@ -47,3 +47,12 @@ def test_one_row_that_is_not_normalised_is_refused_among_rows_that_are() -> None
         else:
             with pytest.raises(ValueError, match="logsumexp is off by"):
                 check_law(shifted, law)
+
+
+def test_the_end_of_a_block_of_tokens_is_a_boundary_like_any_other() -> None:
+    law = torch.full((1, 1024), 1 / 1024, dtype=torch.float64).log().expand(6, -1)
+    inside, outside = 0.9e-5, 1.1e-5
+    uniform = [0.25, 0.25 - inside, 0.25 - outside, 0.25 + inside, 0.25 + outside, 1 - inside]
+    draw = inverse_cdf(law, torch.tensor(uniform, dtype=torch.float64))
+    assert draw.token.tolist() == [256, 255, 255, 256, 256, 1023]
+    assert draw.near_boundary.tolist() == [True, True, False, True, False, False]

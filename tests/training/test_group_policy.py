@@ -499,6 +499,7 @@ def test_prompts_that_do_not_fit_stop_before_the_first_iteration() -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"slots": 0}, "slots must be positive, or left out"),
+        ({"importance_cap": 0.0}, "importance_cap must be positive, got 0.0"),
         ({"final_rate": 1.5}, "final_rate must lie in 0..1"),
     ],
     ids=str,
