@@ -67,14 +67,14 @@ FULL = Plan(
 )  # fmt: skip
 
 QUICK = Plan(
-    prompts=60,
-    validation=0.2,
+    prompts=72,
+    validation=0.15,
     test=0.2,
     own_pairs=OwnPairsConfig(
-        samples=4, pairs_per_prompt=1, temperature=TEMPERATURE, max_response=64, margin=0.1
+        samples=4, pairs_per_prompt=2, temperature=TEMPERATURE, max_response=72, margin=0.15
     ),
     dpo=DPOConfig(
-        beta=0.1, learning_rate=8e-5, epochs=2, batch_size=4, micro_batch_size=4, adam_beta2=0.99,
+        beta=0.1, learning_rate=4e-5, epochs=2, batch_size=4, micro_batch_size=4, adam_beta2=0.99,
         evaluate_every=100, log_every=2,
     ),
     group=GroupConfig(
@@ -82,7 +82,7 @@ QUICK = Plan(
         micro_batch_size=12, max_response=32, temperature=TEMPERATURE, missing_eos_penalty=0.0,
         kl_coefficient=0.01, learning_rate=4e-5, final_rate=1.0, evaluate_every=100,
     ),
-    brief=EvaluationConfig(prompts=16, samples=1, temperature=TEMPERATURE, max_response=64, examples=3),
+    brief=EvaluationConfig(prompts=16, samples=1, temperature=TEMPERATURE, max_response=72, examples=3),
     direct=EvaluationConfig(prompts=16, samples=2, temperature=TEMPERATURE, max_response=32, examples=3),
     pairs=40,
     longest_pair=128,
