@@ -167,18 +167,19 @@ def ctranslate2(subject: Subject, *, precision: str) -> Run:
         prompts = [[f"t{number}" for number in each] for each in workload.prompts]
         settings = {
             "max_batch_size": workload.batch, "include_prompt_in_result": False, "sampling_topk": 0,
-            "end_token": [], "return_log_prob": False,
         }  # fmt: skip
         if len(set(workload.new)) == 1:
             start = time.perf_counter()
-            theirs.generate_batch(prompts, max_length=1, **settings)
+            theirs.generate_batch(prompts, max_length=1, min_length=1, **settings)
             prefill = time.perf_counter() - start
             start = time.perf_counter()
-            theirs.generate_batch(prompts, max_length=workload.new[0], **settings)
+            new = workload.new[0]
+            theirs.generate_batch(prompts, max_length=new, min_length=new, **settings)
         else:
             prefill, start = 0.0, time.perf_counter()
             stop = lambda step: step.step + 1 >= workload.new[step.batch_id]  # noqa: E731
-            theirs.generate_batch(prompts, max_length=max(workload.new), callback=stop, **settings)
+            most = max(workload.new)
+            theirs.generate_batch(prompts, max_length=most, min_length=most, callback=stop, **settings)
         whole = time.perf_counter() - start
         return Cost(whole, prefill, whole - prefill, once)
 
