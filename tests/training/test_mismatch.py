@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minirlhf.objectives.advantages import gae, whiten
 from minirlhf.objectives.policy import clipped_surrogate_loss
 from minirlhf.rollout import weights
-from minirlhf.training import mismatch, ppo
+from minirlhf.training import mismatch, ppo, ppo_sampling
 from minirlhf.training.guards import GuardError
 from minirlhf.training.mismatch import mismatch_metrics, weighted
 from minirlhf.training.ppo_config import PPOConfig
@@ -93,3 +94,29 @@ def test_8_bit_weights_that_the_trainer_is_not_told_of_are_caught(monkeypatch: p
     monkeypatch.setitem(mismatch.WEIGHTS, "full", weights.int8)
     with pytest.raises(GuardError, match="the sampler recorded log-prob"):
         run()
+
+
+def test_what_an_8_bit_iteration_learns_from_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_SMALLEST", 1)
+    got = ppo_sampling.sample(
+        TASK.model, POLICY, TASK.reference, CRITIC, TASK.scorer, TASK.prompts, EIGHT, kl_coefficient=0.3,
+        episode=0, seed=3, stop_ids=TASK.stop_ids,
+    )  # fmt: skip
+    e, rollout = got.experience, got.rollout
+    plain = whiten(gae(e.reward, e.old_value, e.mask, gamma=EIGHT.gamma, lam=EIGHT.lam).advantage, e.mask)
+    ratios = (e.old_logp - rollout.sampled_logp).exp().clamp(max=EIGHT.importance_cap)
+    torch.testing.assert_close(e.advantage, torch.where(e.mask, plain * ratios, 0.0))
+    assert not torch.allclose(e.advantage, plain, rtol=1e-4, atol=0)
+
+
+def test_a_policy_is_evaluated_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_SMALLEST", 1)
+
+    def never(*_: object) -> torch.Tensor:
+        raise AssertionError("an 8-bit copy was evaluated")
+
+    monkeypatch.setattr(weights.Int8, "prepare", never)
+    evaluate = ppo_sampling.objective_on(
+        TASK.model, TASK.reference, TASK.scorer, TASK.prompts, EIGHT, seed=5, stop_ids=TASK.stop_ids
+    )
+    assert "validation/objective" in evaluate(POLICY)
