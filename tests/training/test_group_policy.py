@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from minirlhf.models.interface import Params
+from minirlhf.objectives.group_advantages import rloo_advantage
+from minirlhf.rollout import weights
 from minirlhf.rollout.sampler import Rollout, generate, response_mask
 from minirlhf.runs import InputError
 from minirlhf.training import group_experience, group_policy, group_update, ppo_sampling
@@ -514,3 +516,13 @@ def test_there_are_no_knobs_of_a_critic_and_none_that_filters_samples() -> None:
     assert not names & {"critic_learning_rate", "critic_pretraining", "gamma", "lam", "value_clip"}
     assert not names & {"top_k", "top_p", "min_p"}
     assert CONFIG.batch_size == GROUPS * SAMPLES
+
+
+def test_what_an_8_bit_iteration_learns_from_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_SMALLEST", 1)
+    got = sampled(rollout_precision="int8")
+    e = got.experience
+    plain = rloo_advantage(e.ret.view(GROUPS, SAMPLES), torch.ones(GROUPS, SAMPLES, dtype=torch.bool))
+    ratios = (e.old_logp - got.rollout.sampled_logp).exp().clamp(max=CONFIG.importance_cap)
+    torch.testing.assert_close(e.advantage, torch.where(e.mask, plain.view(-1, 1) * ratios, 0.0))
+    assert bool(((ratios - 1).abs()[e.mask] > 1e-4).any()), "the copy sampled from another law"
