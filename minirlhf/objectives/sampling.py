@@ -42,6 +42,8 @@ def tempered(logits: Tensor, *, temperature: float) -> Tensor:
     if isinstance(temperature, bool) or not smallest <= temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite (0 is greedy_law), got {temperature}")
     z = widen(logits)
+    if temperature == 1:
+        return torch.log_softmax(z, dim=-1)
     # The largest logit is subtracted first, so that a small T cannot make +inf of it.
     return torch.log_softmax((z - z.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 

@@ -4,33 +4,59 @@ A softmax over pieces is exact: with o_i the attention within piece i and l_i it
 
     attention = Σ_i softmax(l)_i o_i
 
-(Milakov & Gimelshein 2018, arXiv:1805.02867; "flash-decoding"). So a page is read once, in place, by one
-product, whoever its readers are: a page of a shared prompt serves all samples of that prompt at a time.
+(Milakov & Gimelshein 2018, arXiv:1805.02867; "flash-decoding"). On a CPU in fp32 one pass of `kernels.cpu`
+goes over a row's pages. Elsewhere a page is read once, in place, by one product, whoever its readers are: a
+page of a shared prompt serves all samples of that prompt at a time.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from minirlhf.kernels import cpu
 from minirlhf.models.interface import Attend, causal
-from minirlhf.rollout.pages import PAGE, Pages, Table
+from minirlhf.rollout.pages import PAGE, Pages, Table, entries_by_row, table_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def decoding(arenas: list[Pages], table: Table, page: Tensor, position: Tensor) -> Attend:
+def decoding(arenas: list[Pages], position: NDArray[np.int64], device: torch.device) -> Attend:
     """`Attend` of one new token per row, which it writes into the cache first.
 
     Args:
-        arenas: the row's own pages last; pages of the others are shared and full.
-        table: of `arenas`, the new tokens' pages included.
-        page: int64 [B] of the new token, in the last arena.
-        position: int64 [B] of the new token.
+        arenas: the rows' own pages last, the new tokens' among them; pages of the others are shared and full.
+        position: [B] of the new tokens.
     """
-    own, offset = arenas[-1], position % PAGE
-    nowhere = torch.cat([position, position.new_full((1,), -1)])  # the position of nobody: it sees nothing
+    in_one_pass = device.type == "cpu" and arenas[-1].keys[0].dtype == torch.float32 and cpu.available()
+    return (_in_one_pass if in_one_pass else _page_by_page)(arenas, position, device)
+
+
+def _in_one_pass(arenas: list[Pages], position: NDArray[np.int64], device: torch.device) -> Attend:
+    own = arenas[-1]
+    reads = cpu.Reads(
+        own.keys[0].shape[1], PAGE, len(arenas) - 1, **entries_by_row(arenas, len(position)),
+        position=position, into=own.last_pages(len(position)),
+    )  # fmt: skip
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        keys, values = [each.keys[layer] for each in arenas], [each.values[layer] for each in arenas]
+        return reads.attend(keys, values, q, k, v, scale=scale, window=window)
+
+    return attend
+
+
+def _page_by_page(arenas: list[Pages], position: NDArray[np.int64], device: torch.device) -> Attend:
+    own, rows = arenas[-1], len(position)
+    table, page = table_of(arenas, rows, device), torch.from_numpy(own.last_pages(rows)).to(device)
+    # Nobody, the row behind the last, is at -1 and sees nothing.
+    last = torch.from_numpy(np.append(position, -1)).to(device)
+    offset = last[:-1] % PAGE
     masks: dict[int | None, list[Tensor | None]] = {}
 
     def attend(
@@ -40,7 +66,7 @@ def decoding(arenas: list[Pages], table: Table, page: Tensor, position: Tensor) 
         own.values[layer][page, :, offset] = v[:, :, 0]
         if window not in masks:
             masks[window] = [
-                None if each is not own and window is None else _visible(start, nowhere[readers], window)
+                None if each is not own and window is None else _visible(start, last[readers], window)
                 for each, start, readers in zip(arenas, table.start, table.readers, strict=True)
             ]
         pieces = [

@@ -6,7 +6,8 @@ live, and a finished row's memory is the next row's. Which row reads a page, and
 bookkeeping on the host; the tensors are touched only to write, to move and to attend.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ PAGE = 32
 """Tokens. Half a page is what a row wastes on average; a page is what attention handles at a time."""
 
 NOBODY = -1
+Empty = Callable[[tuple[int, ...]], Tensor]
+"""An uninitialised tensor of a shape."""
+
 _Ints = NDArray[np.int64]
 
 
@@ -35,12 +39,10 @@ class Pages:
     start: [capacity] position of a page's first token in its rows.
     """
 
-    def __init__(self, shape: CacheShape, capacity: int, width: int, like: Tensor) -> None:
+    def __init__(self, shape: CacheShape, capacity: int, width: int, empty: Empty) -> None:
         size = (capacity, shape.heads, PAGE, shape.width)
-        self.keys = [
-            like.new_empty(size) for _ in range(shape.layers)
-        ]  # memory is the system's until written
-        self.values = [like.new_empty(size) for _ in range(shape.layers)]
+        self.keys = [empty(size) for _ in range(shape.layers)]  # memory is the system's until written
+        self.values = [empty(size) for _ in range(shape.layers)]
         self.readers: _Ints = np.full((capacity, width), NOBODY)
         self.start: _Ints = np.zeros(capacity, dtype=np.int64)
         self.used = 0
@@ -81,6 +83,34 @@ class Pages:
         order = np.argsort(self.start[: self.used], kind="stable")
         page[self.readers[order, 0]] = order  # of several, the last assignment stays
         return page
+
+
+class Entries(TypedDict):
+    """What rows read, row after row: those of row b are first[b] .. first[b + 1] - 1.
+
+    arena, at: [E] a page. start: [E] the position of its first token.
+    """
+
+    first: _Ints
+    arena: _Ints
+    at: _Ints
+    start: _Ints
+
+
+def entries_by_row(arenas: list[Pages], rows: int) -> Entries:
+    """The pages in use, by reader."""
+    reader, arena, at, start = [], [], [], []
+    for number, each in enumerate(arenas):
+        page, column = np.nonzero(each.readers[: each.used] != NOBODY)
+        reader.append(each.readers[page, column])
+        arena.append(np.full(len(page), number))
+        at.append(page)
+        start.append(each.start[page])
+    row = np.concatenate(reader)
+    order = np.argsort(row, kind="stable")
+    first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
+    arena, at, start = (np.concatenate(each)[order] for each in (arena, at, start))
+    return Entries(first=first, arena=arena, at=at, start=start)
 
 
 class Table(NamedTuple):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.rollout.engine import Answers, CacheUse, Engine, Law
+from minirlhf.rollout.cache import CacheUse
+from minirlhf.rollout.engine import Answers, Engine, Law
 from minirlhf.rollout.parts import common_beginning, parts_of
 from minirlhf.rollout.philox import uniforms
 from minirlhf.rollout.request import MEMORY, check, default_slots, limits_of
@@ -112,7 +113,7 @@ def generate(
     for _ in engine.run():
         if progress is not None:
             progress(engine.sampled)
-    return _assemble(prompts, engine.answers)._replace(cache=engine.use)
+    return _assemble(prompts, engine.answers)._replace(cache=engine.cache.use)
 
 
 def stream(

@@ -6,11 +6,14 @@ call of the sampler: there is no copy that an update of the parameters could lea
 
 Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX:
 
-    rows    as they are     packed        int8
-       1      14 +  5      16 +  5       5.6
-       8      25 + 17      21 +  7       6.5
-      32      45 + 19      37 + 14       6.6
-     128      87 + 39      82 + 38      14.8
+    rows    as they are     oneDNN        packed        int8
+       1      12 +  5      17 +  5       14 +  6       5.6
+       4      23 + 11      16 +  6       13 +  5
+       8      25 + 17      19 +  7       14 +  6       6.5
+      32      38 + 18      33 + 13       25 + 10       6.6
+     128      85 + 37      82 + 35       80 + 34      14.8
+
+Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
 """
 
 from abc import ABC, abstractmethod
@@ -21,16 +24,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from minirlhf.kernels import cpu
+from minirlhf.kernels.memory import Room
 from minirlhf.models.interface import Params
 
 Weights = Callable[[Params, int, int], Params]
 """(parameters, slots, most tokens of a response) -> the parameters to sample with."""
 
 _SMALLEST = 2**18  # entries; below, calling costs more than the better product saves
-_PACKED_SLOTS = range(4, 129)  # outside, the plain product was as fast
-_PACKED_STEPS = 16  # packing costs about as much as it saves in seven steps
+_FEWEST_SLOTS = 2  # below, the plain product was as fast
+_PACKED_STEPS = 16  # packing costs about as much as it saves in five steps
+_MOST_ONEDNN = 128  # slots, likewise
 
 
 def as_they_are(params: Params, slots: int, steps: int) -> Params:
@@ -41,11 +47,21 @@ def as_they_are(params: Params, slots: int, steps: int) -> Params:
 def fastest(params: Params, slots: int, steps: int) -> Params:
     """The same numbers in the layout that the CPU's matrix product likes best, where that pays.
 
-    Packed products sum in another order: logits differ by rounding, as between batch sizes.
+    The product is `kernels.cpu`'s where that can be built, otherwise oneDNN's. Packed products sum in another
+    order: logits differ by rounding, as between batch sizes.
     """
-    if slots not in _PACKED_SLOTS or steps < _PACKED_STEPS or not torch.backends.mkldnn.is_available():
+    leaf = next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
+    if leaf.device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
         return params
-    return _replaced(params, partial(Packed, rows=slots), {torch.float32})
+    if cpu.available():
+        sizes = [leaf.shape for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
+        # Which side is the input shows at the first product.
+        entries = sum(max(cpu.packed_size(a, b), cpu.packed_size(b, a)) + 16 for a, b in sizes)
+        room = Room("packed weights", entries * torch.float32.itemsize)
+        return _replaced(params, partial(Packed, room=room), {torch.float32})
+    if slots > _MOST_ONEDNN or not torch.backends.mkldnn.is_available():
+        return params
+    return _replaced(params, partial(Reordered, rows=slots), {torch.float32})
 
 
 def int8(params: Params, slots: int, steps: int) -> Params:
@@ -87,8 +103,7 @@ class _Weight(ABC):
     def product(self, x: Tensor, bias: Tensor | None, *, outputs_first: bool) -> Tensor:
         """x @ weight (stored [in, out], or [out, in] if `outputs_first`) + bias."""
         if outputs_first not in self.by_output:
-            matrix = self.weight if outputs_first else self.weight.T
-            self.by_output[outputs_first] = self.prepare(matrix.contiguous())
+            self.by_output[outputs_first] = self.prepare(self.weight if outputs_first else self.weight.T)
         rows = x.reshape(-1, x.shape[-1])
         return self.multiply(rows, self.by_output[outputs_first], bias).view(*x.shape[:-1], -1)
 
@@ -102,6 +117,21 @@ class _Weight(ABC):
 
 
 class Packed(_Weight):
+    """Panels of the width of the processor's registers; see kernels/native/product.cpp."""
+
+    def __init__(self, weight: Tensor, *, room: Room) -> None:
+        super().__init__(weight)
+        self.room = room
+
+    def prepare(self, matrix: Tensor) -> tuple[Tensor, int]:
+        width, depth = matrix.shape
+        return cpu.packed(matrix.T, self.room.take((cpu.packed_size(depth, width),))), width
+
+    def multiply(self, x: Tensor, prepared: tuple[Tensor, int], bias: Tensor | None) -> Tensor:
+        return cpu.product(x, *prepared, bias)
+
+
+class Reordered(_Weight):
     """oneDNN's blocked layout, chosen for `rows` rows."""
 
     def __init__(self, weight: Tensor, *, rows: int) -> None:
@@ -109,7 +139,7 @@ class Packed(_Weight):
         self.rows = rows
 
     def prepare(self, matrix: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(matrix, self.rows)
+        return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), self.rows)
 
     def multiply(self, x: Tensor, prepared: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
@@ -119,7 +149,7 @@ class Int8(_Weight):
     """Rounded to 8 bits; see `int8`."""
 
     def prepare(self, matrix: Tensor) -> tuple[Any, Tensor, Tensor]:
-        quantised, scale = _rounded(matrix.float())
+        quantised, scale = _rounded(matrix.float().contiguous())
         if matrix.device.type == "cpu":
             nothing = torch.zeros(len(matrix), dtype=torch.int64)
             return torch.ops.onednn.qlinear_prepack(quantised, None), scale[:, 0].contiguous(), nothing
@@ -129,22 +159,9 @@ class Int8(_Weight):
         weight, scale, zero_points = prepared
         rows, row_scale = _rounded(x.float())
         if x.device.type == "cpu":
-            arguments = (
-                rows,
-                1.0,
-                0,
-                weight,
-                scale,
-                zero_points,
-                None,
-                1.0,
-                0,
-                torch.float32,
-                "none",
-                [],
-                "",
+            product = torch.ops.onednn.qlinear_pointwise(
+                rows, 1.0, 0, weight, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
             )
-            product = torch.ops.onednn.qlinear_pointwise(*arguments)
         else:  # the same numbers: sums of products of integers below 2²⁴ are exact in fp32 up to 1,040 inputs
             product = (rows.float() @ weight.float().T) * scale
         product = (product * row_scale).to(x.dtype)
@@ -159,8 +176,8 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _replaced(params: Params, kind: Callable[[Tensor], _Weight], dtypes: set[torch.dtype]) -> Params:
-    def of(leaf: Tensor) -> Any:
-        wanted = leaf.ndim == 2 and leaf.numel() >= _SMALLEST and leaf.dtype in dtypes
-        return kind(leaf.detach()) if wanted else leaf
+    return tree_map(lambda leaf: kind(leaf.detach()) if _to_replace(leaf, dtypes) else leaf, params)
 
-    return tree_map(of, params)
+
+def _to_replace(leaf: Tensor, dtypes: set[torch.dtype]) -> bool:
+    return leaf.ndim == 2 and leaf.numel() >= _SMALLEST and leaf.dtype in dtypes

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import cpu
+from minirlhf.kernels.memory import Room
 from minirlhf.models import gpt2
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.rollout import weights
 from minirlhf.rollout.sampler import Rollout, generate, response_mask
-from minirlhf.rollout.weights import Int8, Packed, as_they_are, fastest, int8
+from minirlhf.rollout.weights import Int8, Packed, Reordered, as_they_are, fastest, int8
 from tests.models.cases import CASES, Case, tiny_model
 from tests.rollout.known_models import rows
 
@@ -28,7 +30,11 @@ def eight(weight: Tensor) -> Any:
 
 
 def packed(weight: Tensor) -> Any:
-    return Packed(weight, rows=8)
+    return Packed(weight, room=Room("test", 0))
+
+
+def reordered(weight: Tensor) -> Any:
+    return Reordered(weight, rows=8)
 
 
 def by_the_equation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +65,8 @@ def test_a_row_is_quantised_by_itself() -> None:
     assert torch.equal(F.linear(x, weight)[0], together[0])
 
 
-def test_packed_products_are_the_plain_ones_but_for_rounding() -> None:
+@pytest.mark.parametrize("packed", [packed, reordered])
+def test_packed_products_are_the_plain_ones_but_for_rounding(packed: Callable[[Tensor], Any]) -> None:
     weight, x, bias = matrix(300, 200), matrix(9, 200, seed=1), matrix(1, 300, seed=2)[0]
     expected = F.linear(x.double(), weight.double(), bias.double())
     for product in (
@@ -70,7 +77,7 @@ def test_packed_products_are_the_plain_ones_but_for_rounding() -> None:
         torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [eight, packed])
+@pytest.mark.parametrize("kind", [eight, packed, reordered])
 def test_elsewhere_a_replaced_weight_is_the_weight(kind: Callable[[Tensor], Any]) -> None:
     weight = matrix(30, 20)
     replaced, ids = kind(weight), torch.tensor([[3, 29]])
@@ -98,16 +105,26 @@ def draw(model: LanguageModel, params: Params, kind: weights.Weights, **changed:
     )  # fmt: skip
 
 
+@pytest.fixture(params=["our kernels", "torch's operations"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """With and without a C++ compiler: what packs the weights then."""
+    if request.param == "our kernels":
+        assert cpu.available(), "no C++ compiler here"
+        return Packed
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    return Reordered
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_every_family_samples_the_same_with_packed_weights_and_its_law_moves_little_with_8_bits(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, products: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "_SMALLEST", 1)
-    products, multiply = [], Packed.multiply
-    monkeypatch.setattr(Packed, "multiply", lambda *given: products.append(1) or multiply(*given))
+    used, multiply = [], products.multiply
+    monkeypatch.setattr(products, "multiply", lambda *given: used.append(1) or multiply(*given))
     model, params = wide_model(case)
     plain, fast = draw(model, params, as_they_are), draw(model, params, fastest)
-    assert len(products) >= 18 * (4 * model.cache.layers + 1), "products that were not packed"
+    assert len(used) >= 18 * (4 * model.cache.layers + 1), "products that were not packed"
     same = (plain.tokens == fast.tokens).all(1)
     assert (~same).sum() <= plain.boundary_draws <= 1
     torch.testing.assert_close(fast.logp[same], plain.logp[same], atol=1e-4, rtol=0)

@@ -1,0 +1,214 @@
+"""The kernels in `native/` as functions of tensors; they are compiled on first use, in seconds, and kept.
+
+Needs a C++ compiler (`CXX`, or `c++`). Where there is none, `available()` is False, says why once, and
+callers use torch's own operations. `MINIRLHF_KERNELS=0` asks for that.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_SOURCES = sorted(Path(__file__).with_name("native").iterdir())
+_COMPILE = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu++17",
+)  # fmt: skip
+
+_Ints = NDArray[np.int64]
+_long, _pointer = ctypes.c_long, ctypes.c_void_p
+
+
+def available() -> bool:
+    """Whether the kernels can be used on this machine; builds them if need be."""
+    return _library() is not None
+
+
+def packed_size(depth: int, width: int) -> int:
+    """Entries that a packed matrix [depth, width] takes."""
+    panel = _built().panel()
+    return -(-width // panel) * depth * panel
+
+
+def packed(matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """A matrix [in, out], fp32, in the layout that `product` reads: [⌈out / panel⌉, in, panel].
+
+    Args:
+        out: where to write, `packed_size` entries; None for new memory.
+
+    Raises:
+        ValueError: not a matrix of fp32 on the CPU with one stride of 1, or an `out` of another size.
+    """
+    cpu = matrix.device.type == "cpu"
+    if matrix.ndim != 2 or matrix.dtype != torch.float32 or 1 not in matrix.stride() or not cpu:
+        raise ValueError(
+            f"expected a matrix [in, out] of fp32 on the CPU, one of its strides 1; got {matrix.dtype} "
+            f"{list(matrix.shape)} with strides {matrix.stride()} on {matrix.device}"
+        )
+    depth, width = matrix.shape
+    size = packed_size(depth, width)
+    out = torch.empty(size) if out is None else out
+    if out.numel() != size or not out.is_contiguous():
+        raise ValueError(f"out must have {size} entries in one piece, got {list(out.shape)}")
+    _built().pack(matrix.data_ptr(), depth, width, *matrix.stride(), out.data_ptr())
+    return out.view(-1, depth, _built().panel())
+
+
+def product(x: Tensor, matrix: Tensor, width: int, bias: Tensor | None) -> Tensor:
+    """x [N, in] times what `packed` made of [in, width], plus bias [width]: [N, width], fp32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.shape[-1] != matrix.shape[1] or (bias is not None and bias.shape != (width,)):
+        raise ValueError(f"cannot multiply {list(x.shape)} by a matrix of {matrix.shape[1]} x {width}")
+    x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
+    out = torch.empty(len(x), width)
+    start = None if bias is None else bias.data_ptr()
+    _built().product(x.data_ptr(), *x.shape, matrix.data_ptr(), width, start, out.data_ptr())
+    return out
+
+
+def draw(law_logp: Tensor, uniform: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
+    """What `rollout.draw.inverse_cdf` says, for fp32 [B, V] and fp64 [B] on the CPU."""
+    law_logp, uniform = law_logp.contiguous(), uniform.contiguous()
+    token = torch.empty(len(law_logp), dtype=torch.int64)
+    near = torch.empty(len(law_logp), dtype=torch.bool)
+    pointers = uniform.data_ptr(), boundary, token.data_ptr(), near.data_ptr()
+    _built().draw(law_logp.data_ptr(), *law_logp.shape, *pointers)
+    return token, near
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """log Σ_v e^(z_v) of each row of fp32 [B, V] on the CPU; no -inf throughout a row, no +inf, no NaN."""
+    logits = logits.contiguous()
+    out = torch.empty(len(logits))
+    _built().logsumexp(logits.data_ptr(), *logits.shape, out.data_ptr())
+    return out
+
+
+class Reads:
+    """Which pages the rows of a decode step read; see `Reads` in native/attention.cpp.
+
+    Args:
+        heads, page: of the cache; the rest int64: first [B + 1]; arena, at, start [E]; position, into [B].
+        own: the arena that new tokens go into.
+    """
+
+    def __init__(
+        self, heads: int, page: int, own: int, *,
+        first: _Ints, arena: _Ints, at: _Ints, start: _Ints, position: _Ints, into: _Ints,
+    ) -> None:  # fmt: skip
+        self.heads, self.page, self.own = heads, page, own
+        arrays = first, arena, at, start, position, into
+        self.arrays = [np.ascontiguousarray(each, np.int64) for each in arrays]
+
+    def attend(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor,
+        *, scale: float | None, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Writes k and v [B, H, 1, Dh] and attends to what each row sees: like q, [B, Hq, 1, Dh].
+
+        keys, values: of each arena [pages, H, page, Dh], contiguous.
+        """
+        q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+        rows, asked, _, size = q.shape
+        layout = _Reads(
+            rows, self.heads, asked // self.heads, size, self.page, self.own,
+            *(each.ctypes.data for each in self.arrays),
+        )  # fmt: skip
+        strides = (_long * 6)(*(each.stride(axis) for each in (q, k, v) for axis in (0, 1)))
+        table = _pointer * len(keys)
+        out = torch.empty(rows, asked, 1, size)
+        _built().attend(
+            ctypes.byref(layout), table(*(each.data_ptr() for each in keys)),
+            table(*(each.data_ptr() for each in values)), q.data_ptr(), k.data_ptr(), v.data_ptr(), strides,
+            size**-0.5 if scale is None else scale, window or 0, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+class _Reads(ctypes.Structure):
+    _fields_ = [(name, _long) for name in ("rows", "heads", "group", "size", "page", "own")] + [
+        (name, _pointer) for name in ("first", "arena", "at", "start", "position", "into")
+    ]
+
+
+def _built() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the CPU kernels are not available; ask available() first")
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("MINIRLHF_KERNELS") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except subprocess.CalledProcessError as error:
+        return _without(f"{' '.join(error.cmd[:1])} said: {error.stderr.strip()[-400:]}")
+    except OSError as error:
+        return _without(str(error))
+    library.panel.restype = _long
+    library.pack.argtypes = [_pointer, _long, _long, _long, _long, _pointer]
+    library.product.argtypes = [_pointer, _long, _long, _pointer, _long, _pointer, _pointer]
+    library.draw.argtypes = [_pointer, _long, _long, _pointer, ctypes.c_double, _pointer, _pointer]
+    library.logsumexp.argtypes = [_pointer, _long, _long, _pointer]
+    library.attend.argtypes = [_pointer] * 7 + [ctypes.c_float, _long, _pointer]
+    return library
+
+
+def _without(why: str) -> None:
+    warnings.warn(
+        "sampling uses torch's products, about 1.5 times slower, since the kernels could not be built"
+        f": {why}. Install a C++ compiler, or set MINIRLHF_KERNELS=0",
+        stacklevel=2,
+    )
+
+
+def _build() -> Path:
+    """The shared library for these sources, this compiler and processor, made if it is not there yet."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"there is no C++ compiler {compiler[0]!r}")
+    recipe = [*compiler, *_COMPILE, platform.machine(), platform.processor(), _processor_flags()]
+    key = hashlib.sha256("\n".join([*recipe, *(each.read_text() for each in _SOURCES)]).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minirlhf"
+    target = folder / f"cpu-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        objects = [f"{source.stem}.o" for source in _SOURCES if source.suffix == ".cpp"]
+        steps = [
+            [*compiler, *_COMPILE, "-c", *(str(each) for each in _SOURCES if each.suffix == ".cpp")],
+            # Without an OpenMP of its own: it takes the one torch has loaded, and so torch's threads.
+            [*compiler, "-shared", *objects, "-o", target.name],
+        ]
+        for step in steps:
+            subprocess.run(step, cwd=room, capture_output=True, text=True, check=True)
+        (Path(room) / target.name).replace(target)
+    return target
+
+
+def _processor_flags() -> str:
+    """What the compiler's -march=native depends on; one home may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
