@@ -5,8 +5,9 @@
     python benchmarks/rollout.py --systems minirlhf transformers --workloads equal --batches 8 32
 
 Every system runs in a process of its own, one after the other, so that each has its own peak of memory. In
-every process the machine's limits are measured as well. Runs: one that is not counted, then `--times`; the
-median counts, the spread is that of the fastest to the slowest. Weights are random, of GPT-2's sizes.
+every process the machine's limits are measured as well. Runs: one that is not counted (of the skewed workload
+a part), then `--times`; the median counts, the spread is that of the fastest to the slowest. Weights are
+random, of GPT-2's sizes.
 """
 
 import dataclasses
@@ -24,18 +25,22 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from machine import measure
+from machine import Machine, measure
 from rich.console import Console
-from rollout_systems import SYSTEMS, Subject
+from rollout_account import account
+from rollout_systems import ACCOUNTED, SYSTEMS, Cost, Subject
 from torch.utils._pytree import tree_map
-from workloads import WORKLOADS, flops_per_token, gpt2_124m
+from workloads import WORKLOADS, Workload, beginning, flops, gpt2_124m, weight_bytes
 
 from minirlhf.models import gpt2
+from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import keep_freed_memory, write_text_atomic
 from minirlhf.training.device import move
 
 HERE = Path(__file__).resolve().parent
-NEEDS = {"transformers": "transformers", "CTranslate2": "ctranslate2"}
+NEEDS = {"transformers": "transformers", "CTranslate2": "ctranslate2", "vLLM": "vllm"}
+# Refilling is of no use to one batch; a static cache would be compiled for every length of a prompt.
+NOT_FOR = {"equal": ("minirlhf, no refill",), "skewed": ("transformers, static",)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Options:
     workloads: tuple[Literal["equal", "skewed"], ...] = ("equal", "skewed")
     """equal: 64 + 64 tokens. skewed: 256 prompts of 8-128, responses geometric of mean 48, at most 256."""
     batches: tuple[int, ...] = (1, 8, 32, 128)
-    """Rows at a time. The skewed workload runs with those of at least 8."""
+    """Rows at a time, in the equal workload."""
+    skewed_batches: tuple[int, ...] = (32,)
+    """Rows at a time, in the skewed one: transformers takes minutes for each run of it."""
     device: str = "cpu"
     """cpu or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,14 +70,11 @@ class Options:
 def main(options: Options) -> None:
     """Measures, prints the table, writes all three."""
     console, results = Console(), []
-    for name in options.systems:
-        package = next((NEEDS[start] for start in NEEDS if name.startswith(start)), None)
-        if package is not None and not _version(package):
-            console.print(f"{name}: {package} is not installed, left out")
-            continue
-        for kind in options.workloads:
-            for batch in options.batches:
-                if kind == "skewed" and batch < 8 or kind == "equal" and "no refill" in name:
+    names = [name for name in options.systems if _installed(name, console)]
+    for kind in options.workloads:
+        for batch in options.batches if kind == "equal" else options.skewed_batches:
+            for name in names:  # innermost, so that what is compared runs within minutes
+                if name in NOT_FOR[kind]:
                     continue
                 started = time.perf_counter()
                 got = _in_a_process(name, kind, batch, options)
@@ -79,7 +83,7 @@ def main(options: Options) -> None:
                 console.print(f"{kind} {batch:4d} {name}: {said} ({time.perf_counter() - started:.0f} s)")
     record = {
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {each: _version(each) for each in ("torch", "transformers", "ctranslate2")},
+        "versions": {each: _version(each) for each in ("torch", *NEEDS.values())},
         "python": platform.python_version(),
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         "results": results,
@@ -102,25 +106,48 @@ def report(record: dict[str, Any]) -> str:
         f"{record['results'][0]['machine']['name']}, {record['results'][0]['machine']['threads']} threads, "
         f"{record['options']['dtype']}; {record['versions']}.",
         "",
-        "tokens/s: generated, median of counted runs [slowest, fastest]. of limit: of the rate of a "
-        "large matrix product. KV: bytes of pages in use per byte of live tokens, when fullest.",
+        "tokens/s: generated, median of counted runs [slowest, fastest]. products: the flops that prompts "
+        "and new tokens need, by time and the rate of a large matrix product in the same process. reading: "
+        "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, when "
+        "fullest. first run: the one that is not counted; where something is compiled, in it.",
         "",
-        "| workload | batch | system | tokens/s | prefill s | decode s | once s | of limit | peak MB | KV |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| workload | batch | system | tokens/s | prefill s | decode s | packing s | first run s | products "
+        "| reading | peak MB | KV |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in sorted(record["results"], key=lambda each: (each["workload"], each["batch"])):
         head = f"| {each['workload']} | {each['batch']} | {each['system']} | "
         if "failed" in each:
-            lines.append(head + f"{each['failed']} | | | | | | |")
+            lines.append(head + f"{each['failed']} | | | | | | | | |")
             continue
         low, high = each["spread"]
-        seconds = f"{each['prefill']:.2f} | {each['decode']:.2f} | {each['once']:.2f}"
+        known = each["workload"] == "equal" or each["system"].startswith("minirlhf")
+        seconds = f"{each['prefill']:.2f} | {each['decode']:.2f}" if known else "|"
         cache = "" if each["cache"] is None else f"{each['cache']:.2f}"
+        reading = "" if each["of_reading"] is None else f"{each['of_reading']:.0%}"
         lines.append(
-            head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {seconds} | "
-            f"{each['of_limit']:.0%} | {each['peak_mb']:.0f} | {cache} |"
+            head
+            + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {seconds} | {each['once']:.2f} | "
+            f"{each['first']:.1f} | {each['of_products']:.0%} | {reading} | {each['peak_mb']:.0f} | {cache} |"
         )
+    for each in record["results"]:
+        if each.get("account"):
+            lines += ["", *_account(each)]
     return "\n".join(lines) + "\n"
+
+
+def _account(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"A decode step of {result['system']} at batch {result['batch']}, in ms, and what its flops and "
+        "bytes would take at the machine's limits:",
+        "",
+        "| part | ms | flops | bytes |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in result["account"]:
+        bounds = [f"{row[key]:.1f}" if row[key] else "" for key in ("flops_ms", "bytes_ms")]
+        lines.append(f"| {row['part']} | {row['ms']:.1f} | {bounds[0]} | {bounds[1]} |")
+    return lines
 
 
 def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times: int) -> dict[str, Any]:
@@ -134,7 +161,7 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
     machine = measure(device, precision)
     workload = WORKLOADS[kind](config, batch)
     run = SYSTEMS[name](Subject(model, params, device))
-    run(workload)
+    first = run(workload if kind == "equal" else beginning(workload))
     costs = sorted((run(workload) for _ in range(times)), key=lambda cost: cost.seconds)
     middle = costs[len(costs) // 2]
     rate = workload.tokens / statistics.median(cost.seconds for cost in costs)
@@ -151,11 +178,24 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
         "prefill": middle.prefill,
         "decode": middle.decode,
         "once": middle.once,
+        "first": first.seconds,
         "cache": middle.cache,
-        "of_limit": rate * flops_per_token(model, params) / machine.gflops / 1e9,
+        "of_products": flops(model, params, workload) / middle.seconds / machine.gflops / 1e9,
+        "of_reading": None if kind == "skewed" else _of_reading(model, params, workload, middle, machine),
         "peak_mb": peak,
         "machine": dataclasses.asdict(machine),
+        "account": account(model, params, workload, ACCOUNTED[name], machine)
+        if name in ACCOUNTED and kind == "equal" and batch > 1 and device.type == "cpu"
+        else None,
     }
+
+
+def _of_reading(
+    model: LanguageModel, params: Params, workload: Workload, cost: Cost, machine: Machine
+) -> float:
+    """Of the rate of reading: the weights, once for every decode step."""
+    size = weight_bytes(model, params) * (workload.new[0] - 1)
+    return size / cost.decode / machine.gbytes / 1e9
 
 
 def _in_a_process(name: str, kind: str, batch: int, options: Options) -> dict[str, Any]:
@@ -167,6 +207,14 @@ def _in_a_process(name: str, kind: str, batch: int, options: Options) -> dict[st
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return {"system": name, "workload": kind, "batch": batch, "failed": f"failed: {last[0][:100]}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _installed(name: str, console: Console) -> bool:
+    package = next((NEEDS[start] for start in NEEDS if name.startswith(start)), None)
+    missing = package is not None and not _version(package)
+    if missing:
+        console.print(f"{name}: {package} is not installed, left out")
+    return not missing
 
 
 def _version(package: str) -> str | None:

@@ -66,7 +66,11 @@ def ours(subject: Subject, *, kind: weights.Weights, refill: bool = True) -> Run
 
         return done
 
-    for each in (weights.Packed, weights.Int8):  # prepared in the first product, which is prefill's
+    for each in (
+        weights.Packed,
+        weights.Reordered,
+        weights.Int8,
+    ):  # prepared in the first product, which is prefill's
         each.prepare = timed_once(each.prepare)
     timed = model._replace(states=states)
 
@@ -107,6 +111,7 @@ def hugging_face(subject: Subject, *, static: bool = False) -> Run:
     options |= {"eos_token_id": None, "output_scores": False}
     if static:
         options |= {"cache_implementation": "static"}
+        theirs.forward = torch.compile(theirs.forward)  # transformers itself does so on CUDA only
 
     def batch(prompts: list[list[int]], new: list[int]) -> None:
         longest = max(map(len, prompts))
@@ -186,6 +191,39 @@ def ctranslate2(subject: Subject, *, precision: str) -> Run:
     return run
 
 
+def vllm(subject: Subject) -> Run:
+    """vLLM's offline engine, with as many sequences at a time as ours has slots."""
+    library = import_module("vllm")
+    folder = Path(tempfile.mkdtemp())
+    save_language_model(folder, subject.model, subject.params, tokenizer=None)
+    dtype = str(subject.params["wte"]["weight"].dtype).removeprefix("torch.")
+    engines: dict[int, Any] = {}
+
+    def run(workload: Workload) -> Cost:
+        once = 0.0
+        if workload.batch not in engines:
+            start = time.perf_counter()
+            engines[workload.batch] = library.LLM(
+                model=str(folder), dtype=dtype, skip_tokenizer_init=True, max_num_seqs=workload.batch,
+                enable_prefix_caching=False,
+            )  # fmt: skip
+            once = time.perf_counter() - start
+        prompts = [{"prompt_token_ids": each} for each in workload.prompts]
+        wanted = [
+            library.SamplingParams(max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
+            for n in workload.new
+        ]
+        start = time.perf_counter()
+        engines[workload.batch].generate(prompts, wanted, use_tqdm=False)
+        whole = time.perf_counter() - start
+        return Cost(whole, 0.0, whole, once)
+
+    return run
+
+
+ACCOUNTED = {"minirlhf": weights.fastest, "minirlhf int8": weights.int8}
+"""Those of which it is known where a step's time goes."""
+
 SYSTEMS: dict[str, Callable[[Subject], Run]] = {
     "minirlhf": partial(ours, kind=weights.fastest),
     "minirlhf, plain weights": partial(ours, kind=weights.as_they_are),
@@ -193,6 +231,7 @@ SYSTEMS: dict[str, Callable[[Subject], Run]] = {
     "minirlhf int8": partial(ours, kind=weights.int8),
     "transformers": hugging_face,
     "transformers, static": partial(hugging_face, static=True),
+    "vLLM": vllm,
     "CTranslate2": partial(ctranslate2, precision="float32"),
     "CTranslate2 int8": partial(ctranslate2, precision="int8"),
 }

@@ -46,8 +46,21 @@ def gpt2_124m() -> gpt2.GPT2Config:
     return gpt2.GPT2Config(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
 
 
-def flops_per_token(model: LanguageModel, params: Params) -> float:
-    """Of a decode step: two per entry of a matrix that multiplies, the embedding's table as the head."""
-    entries = sum(leaf.numel() for leaf in tree_leaves(params) if leaf.ndim == 2)
-    looked_up = params["wpe"]["weight"].numel()
-    return 2.0 * (entries - looked_up)
+def beginning(workload: Workload) -> Workload:
+    """A small part of a workload, to warm up with."""
+    count = 2 * workload.batch
+    return workload._replace(prompts=workload.prompts[:count], new=[min(n, 16) for n in workload.new[:count]])
+
+
+def flops(model: LanguageModel, params: Params, workload: Workload) -> float:
+    """Of products with weights: prompts through the blocks, new tokens' states through the head as well."""
+    head = 2.0 * model.unembedding(params).numel()
+    blocks = 2.0 * sum(leaf.numel() for leaf in tree_leaves(params["h"]) if leaf.ndim == 2)
+    read = sum(len(each) for each in workload.prompts) + workload.tokens - len(workload.prompts)
+    return blocks * read + head * workload.tokens
+
+
+def weight_bytes(model: LanguageModel, params: Params) -> int:
+    """Of the matrices that a decode step multiplies by."""
+    matrices = [leaf for leaf in tree_leaves(params["h"]) if leaf.ndim == 2]
+    return sum(leaf.nbytes for leaf in (*matrices, model.unembedding(params)))

@@ -113,7 +113,8 @@ class Reads:
     ) -> None:  # fmt: skip
         self.heads, self.page, self.own = heads, page, own
         arrays = first, arena, at, start, position, into
-        self.arrays = [np.ascontiguousarray(each, np.int64) for each in arrays]
+        self._form: tuple[tuple[int, ...], ...] | None = None
+        self._arrays = [np.ascontiguousarray(each, np.int64) for each in arrays]
 
     def attend(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor,
@@ -124,18 +125,18 @@ class Reads:
         keys, values: of each arena [pages, H, page, Dh], contiguous.
         """
         q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
-        rows, asked, _, size = q.shape
-        layout = _Reads(
-            rows, self.heads, asked // self.heads, size, self.page, self.own,
-            *(each.ctypes.data for each in self.arrays),
-        )  # fmt: skip
-        strides = (_long * 6)(*(each.stride(axis) for each in (q, k, v) for axis in (0, 1)))
+        form = q.shape, q.stride(), k.stride(), v.stride()
+        if form != self._form:  # once a step: layers are alike
+            self._form, (rows, asked, _, size) = form, q.shape
+            sizes = rows, self.heads, asked // self.heads, size, self.page, self.own
+            self._layout = _Reads(*sizes, *(each.ctypes.data for each in self._arrays))
+            self._strides = (_long * 6)(*(stride for each in form[1:] for stride in each[:2]))
         table = _pointer * len(keys)
-        out = torch.empty(rows, asked, 1, size)
+        out = torch.empty(form[0])
         _built().attend(
-            ctypes.byref(layout), table(*(each.data_ptr() for each in keys)),
-            table(*(each.data_ptr() for each in values)), q.data_ptr(), k.data_ptr(), v.data_ptr(), strides,
-            size**-0.5 if scale is None else scale, window or 0, out.data_ptr(),
+            ctypes.byref(self._layout), table(*(each.data_ptr() for each in keys)),
+            table(*(each.data_ptr() for each in values)), q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            self._strides, q.shape[-1] ** -0.5 if scale is None else scale, window or 0, out.data_ptr(),
         )  # fmt: skip
         return out
 
