@@ -11,13 +11,9 @@ random, of GPT-2's sizes.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from harness import in_a_process, peak, record_of, save, version, where, worker_arguments
 from machine import Machine, measure
 from rich.console import Console
 from rollout_account import account
@@ -34,7 +31,7 @@ from workloads import WORKLOADS, Workload, beginning, flops, gpt2_124m, weight_b
 
 from minirlhf.models import gpt2
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.runs import keep_freed_memory, write_text_atomic
+from minirlhf.runs import keep_freed_memory
 from minirlhf.training.device import move
 
 HERE = Path(__file__).resolve().parent
@@ -77,22 +74,15 @@ def main(options: Options) -> None:
                 if name in NOT_FOR[kind]:
                     continue
                 started = time.perf_counter()
-                got = _in_a_process(name, kind, batch, options)
+                given = [name, kind, batch, options.device, options.dtype, options.times]
+                labels = {"system": name, "workload": kind, "batch": batch}
+                got = in_a_process(__file__, given, labels)
                 results.append(got)
                 said = got.get("failed") or f"{got['tokens_per_second']:.0f} tokens/s"
                 console.print(f"{kind} {batch:4d} {name}: {said} ({time.perf_counter() - started:.0f} s)")
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {each: _version(each) for each in ("torch", *NEEDS.values())},
-        "python": platform.python_version(),
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        "results": results,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(options.out / f"{options.name}.json", json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    write_text_atomic(options.out / f"{options.name}.md", text)
-    console.print(text, markup=False)
+    record = record_of(options, ("torch", *NEEDS.values()), results)
+    save(record, report(record), options.out, options.name)
+    console.print(report(record), markup=False)
     from rollout_picture import draw
 
     draw(record, options.out / f"{options.name}.png")
@@ -101,10 +91,9 @@ def main(options: Options) -> None:
 def report(record: dict[str, Any]) -> str:
     """The table, as Markdown."""
     lines = [
-        f"# Rollout throughput, {record['date']}",
+        "# Rollout throughput",
         "",
-        f"{record['results'][0]['machine']['name']}, {record['results'][0]['machine']['threads']} threads, "
-        f"{record['options']['dtype']}; {record['versions']}.",
+        where(record),
         "",
         "tokens/s: generated, median of counted runs [slowest, fastest]. products: the flops that prompts "
         "and new tokens need, by time and the rate of a large matrix product in the same process. reading: "
@@ -165,13 +154,8 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
     costs = sorted((run(workload) for _ in range(times)), key=lambda cost: cost.seconds)
     middle = costs[len(costs) // 2]
     rate = workload.tokens / statistics.median(cost.seconds for cost in costs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    most = peak() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     return {
-        "system": name,
-        "workload": kind,
-        "batch": batch,
         "tokens": workload.tokens,
         "tokens_per_second": rate,
         "spread": [workload.tokens / costs[-1].seconds, workload.tokens / costs[0].seconds],
@@ -182,7 +166,7 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
         "cache": middle.cache,
         "of_products": flops(model, params, workload) / middle.seconds / machine.gflops / 1e9,
         "of_reading": None if kind == "skewed" else _of_reading(model, params, workload, middle, machine),
-        "peak_mb": peak,
+        "peak_mb": most / 2**20,
         "machine": dataclasses.asdict(machine),
         "account": account(model, params, workload, ACCOUNTED[name], machine)
         if name in ACCOUNTED and kind == "equal" and batch > 1 and device.type == "cpu"
@@ -198,34 +182,17 @@ def _of_reading(
     return size / cost.decode / machine.gbytes / 1e9
 
 
-def _in_a_process(name: str, kind: str, batch: int, options: Options) -> dict[str, Any]:
-    given = [name, kind, batch, options.device, options.dtype, options.times]
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(given)], capture_output=True, text=True
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return {"system": name, "workload": kind, "batch": batch, "failed": f"failed: {last[0][:100]}"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _installed(name: str, console: Console) -> bool:
     package = next((NEEDS[start] for start in NEEDS if name.startswith(start)), None)
-    missing = package is not None and not _version(package)
+    missing = package is not None and not version(package)
     if missing:
         console.print(f"{name}: {package} is not installed, left out")
     return not missing
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(worker(*json.loads(sys.argv[2]))))
+    given = worker_arguments()
+    if given is not None:
+        print(json.dumps(worker(*given)))
     else:
         main(tyro.cli(Options, description=__doc__))

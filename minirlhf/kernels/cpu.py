@@ -99,6 +99,22 @@ def logsumexp(logits: Tensor) -> Tensor:
     return out
 
 
+def absorb(logits: Tensor, most: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of an online softmax [N] over one more piece of logits [N, w]; see native/logprob.cpp."""
+    sums = most.clone(), total.clone(), weighted.clone()
+    _built().absorb(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in sums))
+    return sums
+
+
+def to_gradient(
+    logits: Tensor, lse: Tensor, by_logp: Tensor, by_entropy: Tensor, entropies: Tensor
+) -> Tensor:
+    """Overwrites logits [N, w] by a gradient; see native/logprob.cpp."""
+    given = [each.contiguous() for each in (lse, by_logp, by_entropy, entropies)]
+    _built().to_gradient(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in given))
+    return logits
+
+
 class Reads:
     """Which pages the rows of a decode step read; see `Reads` in native/attention.cpp.
 
@@ -169,6 +185,8 @@ def _library() -> ctypes.CDLL | None:
     library.product.argtypes = [_pointer, _long, _long, _pointer, _long, _pointer, _pointer]
     library.draw.argtypes = [_pointer, _long, _long, _pointer, ctypes.c_double, _pointer, _pointer]
     library.logsumexp.argtypes = [_pointer, _long, _long, _pointer]
+    library.absorb.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer]
+    library.to_gradient.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer, _pointer]
     library.attend.argtypes = [_pointer] * 7 + [ctypes.c_float, _long, _pointer]
     return library
 

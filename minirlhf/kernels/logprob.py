@@ -1,8 +1,7 @@
 """Token log-probs from hidden states, where only the tokens under the mask cost a product with [V, D].
 
-`token_logp` and `token_logp_and_entropy` compact the masked positions away first, so a prompt costs no
-unembedding. A boolean index has a data-dependent shape, which vmap cannot have: there the `_dense` twins run,
-which compute every position and are the plain statement of what the others must equal.
+`token_logp`, `token_logp_and_entropy` and `token_report` are fused (`kernels.fused`): they never hold logits
+of a whole batch, unless these are few. Their `_dense` twins are the plain statement of what they must equal.
 
 All of them take states that are aligned with the tokens they predict (`models.interface.aligned`), compute
 the log-softmax in fp32 for half-precision input (fp64 stays fp64), and return exactly 0 with zero gradient
@@ -13,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minirlhf.kernels.fused import log_prob, log_prob_plain
 
 
 class TokenReport(NamedTuple):
@@ -52,9 +53,7 @@ def token_logp(
     >>> token_logp(states, unembedding, tokens, mask)
     tensor([[ 0.0000, -0.4076]])
     """
-    _check(states, unembedding, tokens, mask, temperature)
-    rows, ids = _selected(states, tokens, mask)
-    return _scattered(_of_token(_log_softmax(rows, unembedding, temperature), ids), mask)
+    return _fused(states, unembedding, tokens, mask, temperature, entropy=False)[0]
 
 
 def token_logp_and_entropy(
@@ -69,10 +68,7 @@ def token_logp_and_entropy(
     Returns:
         (logp, entropy), each [B, T] in nats; the entropy lies in [0, log V]. Both differentiable.
     """
-    _check(states, unembedding, tokens, mask, temperature)
-    rows, ids = _selected(states, tokens, mask)
-    logp = _log_softmax(rows, unembedding, temperature)
-    return _scattered(_of_token(logp, ids), mask), _scattered(_entropy(logp), mask)
+    return _fused(states, unembedding, tokens, mask, temperature, entropy=True)[:2]
 
 
 def token_report(
@@ -82,69 +78,39 @@ def token_report(
 
     Arguments and errors are those of `token_logp`.
     """
-    _check(states, unembedding, tokens, mask, temperature)
-    rows, ids = _selected(states, tokens, mask)
-    logp = _log_softmax(rows, unembedding, temperature)
-    chosen, fixed = _of_token(logp, ids), logp.detach()
-    return TokenReport(
-        _scattered(chosen, mask),
-        _scattered(_entropy(fixed), mask),
-        _scattered(chosen == fixed.amax(-1), mask),
-    )
+    logp, entropy, is_argmax = _fused(states, unembedding, tokens, mask, temperature, entropy=True)
+    return TokenReport(logp, entropy.detach(), is_argmax)
 
 
 def token_logp_dense(
     states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """`token_logp` over every position: the plain twin, which works under vmap. Costs B·T·V memory."""
-    _check(states, unembedding, tokens, mask, temperature)
-    states, tokens = _blanked(states, tokens, mask)
-    logp = _log_softmax(states, unembedding, temperature)
-    return torch.where(mask, _of_token(logp, tokens), 0.0)
+    """`token_logp` over every position: the plain twin. Costs B·T·V memory."""
+    return token_logp_and_entropy_dense(states, unembedding, tokens, mask, temperature=temperature)[0]
 
 
 def token_logp_and_entropy_dense(
     states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`token_logp_and_entropy` over every position: the plain twin, which works under vmap."""
+    """`token_logp_and_entropy` over every position: the plain twin."""
     _check(states, unembedding, tokens, mask, temperature)
-    states, tokens = _blanked(states, tokens, mask)
-    logp = _log_softmax(states, unembedding, temperature)
-    return torch.where(mask, _of_token(logp, tokens), 0.0), torch.where(mask, _entropy(logp), 0.0)
+    logp, entropies = log_prob_plain(*_flat(states, unembedding, tokens, mask), temperature)
+    return logp.view(mask.shape), entropies.view(mask.shape)
 
 
-def _log_softmax(states: Tensor, unembedding: Tensor, temperature: float) -> Tensor:
-    """[..., D] -> [..., V] in nats, at least fp32."""
-    logits = states @ unembedding.T
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    if temperature != 1.0:  # a division by one would still cost a pass over [N, V]
-        logits = logits / temperature
-    return torch.log_softmax(logits, dim=-1)
+def _fused(
+    states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, temperature: float, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(states, unembedding, tokens, mask, temperature)
+    flat = _flat(states, unembedding, tokens, mask)
+    logp, entropies, best = log_prob(*flat, temperature, entropy=entropy)
+    return logp.view(mask.shape), entropies.view(mask.shape), best.view(mask.shape)
 
 
-def _of_token(logp: Tensor, tokens: Tensor) -> Tensor:
-    return logp.gather(-1, tokens[..., None])[..., 0]
-
-
-def _entropy(logp: Tensor) -> Tensor:
-    return -(logp.exp() * logp).sum(-1)
-
-
-def _selected(states: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """States [N, D] and tokens [N] of the N positions under the mask."""
-    index = mask.reshape(-1).nonzero()[:, 0]  # index_select's backward is faster than a boolean index's
-    return states.reshape(-1, states.shape[-1]).index_select(0, index), tokens.reshape(-1)[index]
-
-
-def _scattered(values: Tensor, mask: Tensor) -> Tensor:
-    """[N] back to [B, T], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def _blanked(states: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros under the mask: a NaN there would pass through the product's gradient, an id through gather."""
-    return torch.where(mask[..., None], states, 0.0), torch.where(mask, tokens, 0)
+def _flat(
+    states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return states.reshape(-1, states.shape[-1]), unembedding, tokens.reshape(-1), mask.reshape(-1)
 
 
 def _check(states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> None:

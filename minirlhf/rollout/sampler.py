@@ -5,7 +5,7 @@ begin with. Each token is drawn by the inverse CDF from one counter-based unifor
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -57,36 +57,45 @@ class Finished(NamedTuple):
     stop_reason: int
 
 
+class Sampling(TypedDict):
+    """What `generate` and `stream` are told about sampling.
+
+    law: what to sample from; `greedy_law` and any `sampling_law` of objectives.sampling fit.
+    max_new_tokens: most tokens per response, the stop token counted; one number, or one per prompt.
+    stop_ids: a response ends with the first of these it draws; the first of them is EOS. May be empty.
+    seed, prompt_index, sample_index: int and int64 [B], [B]: together with the position they fix the uniform
+        of every token. Two rows with equal indices get equal uniforms.
+    slots: rows that are live at a time; None, the default, for what `memory` allows. It changes no uniform.
+    memory: bytes of KV cache and workspace that choose `slots`; `request.MEMORY` unless given.
+    weights: what the products of the rollout use, see `rollout.weights`; `fastest` unless given.
+    """
+
+    law: Law
+    max_new_tokens: int | Sequence[int]
+    stop_ids: Sequence[int]
+    seed: int
+    prompt_index: Tensor
+    sample_index: Tensor
+    slots: NotRequired[int | None]
+    memory: NotRequired[int]
+    weights: NotRequired[Weights]
+
+
 def generate(
     model: LanguageModel,
     params: Params,
     prompts: Sequence[Sequence[int]],
     *,
-    law: Law,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Sequence[int],
-    seed: int,
-    prompt_index: Tensor,
-    sample_index: Tensor,
-    slots: int | None = None,
-    memory: int = MEMORY,
-    weights: Weights = fastest,
     progress: Callable[[int], None] | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Rollout:
     """Sample one response to each prompt.
 
     Args:
         prompts: B lists of token ids, none empty; a stop id inside a prompt is an ordinary token. For n
             samples of a prompt give it n times: it is read once.
-        law: what to sample from; `greedy_law` and any `sampling_law` of objectives.sampling fit.
-        max_new_tokens: most tokens per response, the stop token counted; one number, or one per prompt.
-        stop_ids: a response ends with the first of these it draws; the first of them is EOS. May be empty.
-        seed, prompt_index, sample_index: int and int64 [B], [B]: together with the position they fix the
-            uniform of every token. Two rows with equal indices get equal uniforms.
-        slots: rows that are live at a time; None for what `memory` allows. It changes no uniform.
-        memory: bytes of KV cache and workspace that choose `slots`.
-        weights: what the products of the rollout use; see `rollout.weights`.
         progress: called after each round with the tokens sampled so far in this call.
+        sampling: see `Sampling`.
 
     Returns:
         The responses in the order of the prompts, on the parameters' device, without autograd history.
@@ -96,20 +105,7 @@ def generate(
             a prompt whose length plus max_new_tokens exceeds the context, memory for not even one row.
         ValueError: indices of another shape, a limit or slots below 1, a law that is not normalised.
     """
-    engine = _engine(
-        model,
-        params,
-        prompts,
-        law=law,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        seed=seed,
-        prompt_index=prompt_index,
-        sample_index=sample_index,
-        slots=slots,
-        memory=memory,
-        weights=weights,
-    )
+    engine = _engine(model, params, prompts, **sampling)
     for _ in engine.run():
         if progress is not None:
             progress(engine.sampled)
@@ -117,35 +113,10 @@ def generate(
 
 
 def stream(
-    model: LanguageModel,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    law: Law,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Sequence[int],
-    seed: int,
-    prompt_index: Tensor,
-    sample_index: Tensor,
-    slots: int | None = None,
-    memory: int = MEMORY,
-    weights: Weights = fastest,
+    model: LanguageModel, params: Params, prompts: Sequence[Sequence[int]], **sampling: Unpack[Sampling]
 ) -> Iterator[Finished]:
     """`generate`, whose responses come as they finish. A bad request raises at the call."""
-    engine = _engine(
-        model,
-        params,
-        prompts,
-        law=law,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        seed=seed,
-        prompt_index=prompt_index,
-        sample_index=sample_index,
-        slots=slots,
-        memory=memory,
-        weights=weights,
-    )
+    engine = _engine(model, params, prompts, **sampling)
 
     def finished() -> Iterator[Finished]:
         answers = engine.answers
@@ -184,9 +155,9 @@ def _engine(
     seed: int,
     prompt_index: Tensor,
     sample_index: Tensor,
-    slots: int | None,
-    memory: int,
-    weights: Weights,
+    slots: int | None = None,
+    memory: int = MEMORY,
+    weights: Weights = fastest,
 ) -> Engine:
     """Checks everything about a request, then sets up the engine for it."""
     limits = limits_of(max_new_tokens, len(prompts))

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minirlhf.kernels.memory import release_rooms
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.masked import sequence_sum
@@ -92,7 +93,7 @@ def respond(
     stop_ids: Sequence[int],
 ) -> Rollout:
     """One response to each prompt from the tempered law, and from no other: ratio and KL need all of it."""
-    return generate(
+    rollout = generate(
         model,
         policy,
         prompts,
@@ -105,6 +106,8 @@ def respond(
         slots=config.slots,
         weights=WEIGHTS[config.rollout_precision],
     )
+    release_rooms()  # what trains next needs the memory more than the next rollout needs it warm
+    return rollout
 
 
 def corrected(

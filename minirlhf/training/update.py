@@ -129,9 +129,12 @@ def gradient(
     if len(micro_batches) == 1:
         return grads, value, aux
     leaves, layout = pytree.tree_flatten(grads)
+    leaves = _owned(leaves)
+    del grads
     for batch in micro_batches[1:]:
         more, (more_value, more_aux) = one(params, batch, normaliser)
-        leaves = [a + b for a, b in zip(leaves, pytree.tree_leaves(more), strict=True)]
+        torch._foreach_add_(leaves, pytree.tree_leaves(more))
+        del more
         value = value + more_value
         aux = {name: aux[name] + more_aux[name] for name in aux}
     return pytree.tree_unflatten(leaves, layout), value, aux
@@ -208,6 +211,18 @@ def constant_with_warmup(step: int, *, warmup: int, peak: float) -> float:
     if warmup < 0:
         raise ValueError(f"expected warmup >= 0, got {warmup}")
     return peak * min(1.0, (step + 1) / (warmup + 1))
+
+
+def _owned(leaves: list[Tensor]) -> list[Tensor]:
+    """The same numbers, safe to write to: a gradient may be a view, or share memory with another."""
+    seen: set[int] = set()
+    own = []
+    for leaf in leaves:
+        memory = leaf.untyped_storage()
+        whole = memory.nbytes() == leaf.numel() * leaf.itemsize and memory.data_ptr() not in seen
+        own.append(leaf if whole else leaf.clone(memory_format=torch.contiguous_format))
+        seen.add(memory.data_ptr())
+    return own
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
