@@ -59,6 +59,7 @@ PUBLIC_MODULES = (
     "minirlhf.training.preference",
     "minirlhf.training.pair_objectives",
     "minirlhf.training.reward_sources",
+    "minirlhf.training.influence",
     "minirlhf.training.stages",
     "minirlhf.evaluation.statistics",
     "minirlhf.evaluation.judges",

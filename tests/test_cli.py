@@ -145,6 +145,39 @@ def test_each_stage_alone_takes_the_formers_directory(made: Path, tmp_path: Path
     assert read_metrics(tmp_path / "out/metrics.jsonl")
 
 
+@pytest.mark.parametrize("subject", ["--reward-model", "--policy"])
+def test_influence_ranks_every_training_pair(
+    made: Path, tmp_path: Path, subject: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made / ("reward" if subject == "--reward-model" else "sft")
+    rest = [subject, model, "--data", made / "data/preferences.jsonl"]
+    assert command("influence", tmp_path / "out", *rest, "--top", 2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/influence.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert sorted(each["pair"] for each in lines) == list(range(summary["training_pairs"]))
+    assert all(each["chosen"] and each["rejected"] and each["prompt"] for each in lines)
+    values = [each["influence"] for each in lines]
+    assert values == sorted(values, reverse=True) and len(set(values)) > 1
+    shown = capsys.readouterr().out
+    assert "gradient noise scale" in shown and f"{values[0]:.3g}" in shown and f"{values[-1]:.3g}" in shown
+
+
+def test_influence_asks_whose_loss_is_meant(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, models = ("--data", made / "data/preferences.jsonl"), ("--policy", made / "sft")
+    both = (*models, "--reward-model", made / "reward")
+    for rest, said in (
+        ((), "either --reward-model or --policy"),
+        (both, "either --reward-model or --policy"),
+        (("--reward-model", made / "reward", "--reference", made / "sft"), "--reference belongs to --policy"),
+        ((*models, "--top", 0), "top must be at least 1"),
+    ):
+        assert command("influence", tmp_path / "out", *data, *rest) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_names_rows_and_judge(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The commands as a user sees them."""
 
 from minirlhf.commands.common import Command
+from minirlhf.commands.influence import Influence
 from minirlhf.commands.judging import Evaluate
 from minirlhf.commands.models import Import, Model
 from minirlhf.commands.on_policy import PPO, Group, Pairs
@@ -24,5 +25,6 @@ COMMANDS: dict[str, type[Command]] = {
     "dpo": DPO,
     "ipo": IPO,
     "evaluate": Evaluate,
+    "influence": Influence,
     "verify": Verify,
 }

@@ -63,7 +63,8 @@ class _LogProb(torch.autograd.Function):
         ctx.save_for_backward(states, unembedding, ids, mask, entropies, lse, kept)
 
     @staticmethod
-    def backward(ctx: Any, by_logp: Tensor, by_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        by_logp, by_entropy = by_outputs[:2]
         wanted = ctx.needs_input_grad[:2]
         by_states, by_unembedding = _Gradient.apply(
             *ctx.saved_tensors, by_logp, by_entropy, ctx.temperature, *wanted

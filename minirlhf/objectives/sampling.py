@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from minirlhf.objectives.inputs import check_floating, check_fraction, widen
 
@@ -235,7 +236,7 @@ def _largest_first(x: Tensor, *, mass: float) -> Tensor:
 
     Sorting 32 rows of 50,257 takes as long as a decode step of GPT-2, selecting 512 of them a tenth.
     """
-    plain = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    plain = not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
     if plain and x.shape[-1] > 8 * _FEW:  # compiled or transformed, one may not ask what a value is
         few = x.topk(_FEW, dim=-1).values
         if bool((few.exp().sum(dim=-1, dtype=_widest(x)) > mass + 1e-6).all()):

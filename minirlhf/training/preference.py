@@ -145,9 +145,9 @@ def train(
         NonFiniteError: a loss or gradient was not finite.
     """
     device, size = device_of(params), config.micro_batch_size
-    with_reference = partial(_with_reference, model, ref_params, micro_batch_size=size)
-    pairs = with_reference(pair_rows(train_pairs, name="training", model=model))
-    held_out = with_reference(pair_rows(validation_pairs, name="validation", model=model))
+    referred = partial(with_reference, model, ref_params, micro_batch_size=size)
+    pairs = referred(pair_rows(train_pairs, name="training", model=model))
+    held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
     stage = Stage(
         name=objective.name,
         loss=partial(loss, model=model, objective=objective),
@@ -246,9 +246,10 @@ def check_start(
         )
 
 
-def _with_reference(
+def with_reference(
     model: LanguageModel, ref_params: Params, pairs: PairRows, *, micro_batch_size: int
 ) -> PairRows:
+    """The pairs with what `loss` reads of the reference, its log-probs."""
     logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size)
     ref_chosen, ref_rejected = logps.chunk(2)
     return pairs._replace(extra={"ref_chosen": ref_chosen, "ref_rejected": ref_rejected})

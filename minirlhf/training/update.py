@@ -133,7 +133,8 @@ def gradient(
     del grads
     for batch in micro_batches[1:]:
         more, (more_value, more_aux) = one(params, batch, normaliser)
-        torch._foreach_add_(leaves, pytree.tree_leaves(more))
+        for leaf, part in zip(leaves, pytree.tree_leaves(more), strict=True):
+            leaf += part
         del more
         value = value + more_value
         aux = {name: aux[name] + more_aux[name] for name in aux}
