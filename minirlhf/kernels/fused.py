@@ -31,7 +31,6 @@ _NARROWEST = 256  # tokens of a piece, however many rows: below, products are sl
 _COMPILED = 2**22  # logits of a piece from which a compiled body is worth compiling, where no kernel is
 
 
-@torch.compiler.allow_in_graph  # a compiler takes it whole, with the derivatives below
 def log_prob(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, *, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +43,28 @@ def log_prob(
     Returns:
         At least fp32. The first two are differentiable in states and unembedding.
     """
+    if torch.compiler.is_compiling() and not _known_to_compiler:
+        return log_prob_plain(states, unembedding, ids, mask, temperature)
+    return _whole(states, unembedding, ids, mask, temperature, entropy)
+
+
+def tell_compiler() -> None:
+    """Lets `torch.compile` take the fused form as one node, with its derivatives, from now on.
+
+    Without it a compiled step gets the plain form, whose logits it holds. It is not done on import, since it
+    imports the compiler, which takes a second.
+    """
+    global _known_to_compiler
+    torch.compiler.allow_in_graph(_whole)
+    _known_to_compiler = True
+
+
+_known_to_compiler = False
+
+
+def _whole(
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     logp, entropies, _, best, _ = _LogProb.apply(states, unembedding, ids, mask, temperature, entropy)
     return logp, entropies, best
 
@@ -95,7 +116,7 @@ class _Gradient(torch.autograd.Function):
 
         def gradients(states: Tensor, unembedding: Tensor, *cotangents: Tensor) -> tuple[Tensor, ...]:
             def plain(states: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
-                return log_prob_plain(states, unembedding, ids, mask, ctx.temperature)
+                return log_prob_plain(states, unembedding, ids, mask, ctx.temperature)[:2]
 
             both = torch.func.vjp(plain, states, unembedding)[1](cotangents)
             return tuple(each for each, wanted in zip(both, ctx.wanted, strict=True) if wanted)
@@ -128,14 +149,15 @@ def _one_after_the_other(
 
 def log_prob_plain(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(log π(id), entropy), [M] each, through all logits [M, V]: what the fused form has to equal."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`log_prob` through all logits [M, V], always with the entropy: what the fused form has to equal."""
     # Zeros under the mask: a NaN there would pass through the product's gradient, an id through gather.
     states, ids = torch.where(mask[:, None], states, 0.0), torch.where(mask, ids, 0)
     wide = _wide(states, unembedding)
     logp = torch.log_softmax(states.to(wide) @ unembedding.to(wide).T / temperature, dim=-1)
     chosen, entropies = logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    return torch.where(mask, chosen, 0.0), torch.where(mask, entropies, 0.0)
+    best = mask & (chosen == logp.amax(-1))
+    return torch.where(mask, chosen, 0.0), torch.where(mask, entropies, 0.0), best
 
 
 def forward_pass(

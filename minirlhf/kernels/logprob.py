@@ -94,7 +94,7 @@ def token_logp_and_entropy_dense(
 ) -> tuple[Tensor, Tensor]:
     """`token_logp_and_entropy` over every position: the plain twin."""
     _check(states, unembedding, tokens, mask, temperature)
-    logp, entropies = log_prob_plain(*_flat(states, unembedding, tokens, mask), temperature)
+    logp, entropies, _ = log_prob_plain(*_flat(states, unembedding, tokens, mask), temperature)
     return logp.view(mask.shape), entropies.view(mask.shape)
 
 

@@ -78,7 +78,7 @@ def test_values_and_both_gradients_in_fp64_for_every_width_of_a_piece(
     in_pieces_of(width, int(given[3].sum()), torch.float64, monkeypatch)
     for temperature in (0.3, 1.0, 4.0):
         got = log_prob(*given, temperature, entropy=True)
-        for a, b in zip(got, log_prob_plain(*given, temperature), strict=False):
+        for a, b in zip(got, log_prob_plain(*given, temperature), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     got = grad(fused_sum, argnums=(0, 1))(*given)
     for a, b in zip(got, grad(plain_sum, argnums=(0, 1))(*given), strict=True):
@@ -96,7 +96,7 @@ def test_in_fp32_it_is_exact_to_a_millionth_of_the_largest_logit(
     given = (states, unembedding, ids, mask)
     exact = (states.double(), unembedding.double(), ids, mask)
     in_pieces_of(width, int(mask.sum()), torch.float32, monkeypatch)
-    for a, b in zip(log_prob(*given, 1.0, entropy=True), log_prob_plain(*exact, 1.0), strict=False):
+    for a, b in zip(log_prob(*given, 1.0, entropy=True)[:2], log_prob_plain(*exact, 1.0)[:2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6 * largest)
     got, right = (
         grad(partial(weighted, function, **named), argnums=(0, 1))(*args)
@@ -134,7 +134,7 @@ def test_half_precision_is_accumulated_in_fp32(memory: str, backend: str) -> Non
     wide = (given[0].double(), given[1].double(), *given[2:])
     logp, entropy, _ = log_prob(*given, 0.8, entropy=True)
     assert logp.dtype == entropy.dtype == torch.float32
-    for a, b in zip((logp, entropy), log_prob_plain(*wide, 0.8), strict=True):
+    for a, b in zip((logp, entropy), log_prob_plain(*wide, 0.8)[:2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)
     got, right = grad(fused_sum, argnums=(0, 1))(*given), grad(plain_sum, argnums=(0, 1))(*wide)
     for a, b in zip(got, right, strict=True):
@@ -263,16 +263,31 @@ def test_a_vector_jacobian_product_may_be_asked_for_twice(memory: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_inside_a_compiled_step_it_is_one_graph(memory: str) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_inside_a_compiled_step_it_is_one_graph(
+    told: bool, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
+    fused.tell_compiler()
+    monkeypatch.setattr(fused, "_known_to_compiler", told)
     given = batch(dtype=torch.float32)
+    graphs: list[str] = []
 
-    def step(unembedding: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_and_value(lambda u: fused_sum(states * 1.5, u, *given[2:]))(unembedding)
+    def step(unembedding: Tensor, states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def loss(unembedding: Tensor) -> tuple[Tensor, Tensor]:
+            logp, entropy, best = log_prob(states * 1.5, unembedding, *given[2:], 0.8, entropy=True)
+            return (logp * 2 - entropy).sum(), best
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(given[1], given[0]), step(given[1], given[0]), strict=True):
-        torch.testing.assert_close(a, b)
+        return grad_and_value(loss, has_aux=True)(unembedding)
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(step, fullgraph=True, backend=look)
+    got, right = compiled(given[1], given[0]), step(given[1], given[0])
+    torch.testing.assert_close(got, right)
+    assert len(graphs) == 1 and ("_whole" in graphs[0]) == told and ("log_softmax" in graphs[0]) != told
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules

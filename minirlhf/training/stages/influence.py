@@ -101,7 +101,7 @@ def _tell(
         write_json_atomic(folder / "summary.json", summary)
     console = Console()
     console.print(_table("Pairs that lower the validation loss most", lines[:top]))
-    console.print(_table("The other end, first those that help least or harm: look at their labels", lines[::-1][:top]))
+    console.print(_table("The other end, harmful or least helpful: look at the labels", lines[::-1][:top]))
     setting.show(
         f"gradient noise scale: {noise.scale:.3g} pairs (in a batch of so many, noise and signal are equal); "
         f"{summary['harmful_share']:.0%} of {len(pairs)} training pairs pull against "
