@@ -26,7 +26,7 @@ from machine import clock, measure
 from rich.console import Console
 from torch import Tensor
 
-from minirlhf.kernels import fused
+from minirlhf.kernels import fused, passes
 from minirlhf.runs import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ def minirlhf(states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor) -> 
 
 def minirlhf_kept(states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """With as much memory as the logits need."""
-    fused.KEPT = 2**40
+    passes.KEPT = 2**40
     return minirlhf(states, unembedding, ids, mask)
 
 

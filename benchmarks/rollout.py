@@ -58,6 +58,8 @@ class Options:
     """Of weights and cache."""
     times: int = 3
     """Counted runs of each."""
+    add: bool = False
+    """Add to the results that are there under this name, instead of beginning anew."""
     out: Path = HERE / "results"
     """Where the table, the picture and the JSON go."""
     name: str = "rollout-" + platform.node()
@@ -66,7 +68,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Measures, prints the table, writes all three."""
-    console, results = Console(), []
+    console, file = Console(), options.out / f"{options.name}.json"
+    results = json.loads(file.read_text())["results"] if options.add and file.exists() else []
     names = [name for name in options.systems if _installed(name, console)]
     for kind in options.workloads:
         for batch in options.batches if kind == "equal" else options.skewed_batches:
@@ -77,11 +80,12 @@ def main(options: Options) -> None:
                 given = [name, kind, batch, options.device, options.dtype, options.times]
                 labels = {"system": name, "workload": kind, "batch": batch}
                 got = in_a_process(__file__, given, labels)
-                results.append(got)
+                results = [each for each in results if not labels.items() <= each.items()] + [got]
+                record = record_of(options, ("torch", *NEEDS.values()), results)
+                save(record, report(record), options.out, options.name)  # an hour's work is not lost
                 said = got.get("failed") or f"{got['tokens_per_second']:.0f} tokens/s"
                 console.print(f"{kind} {batch:4d} {name}: {said} ({time.perf_counter() - started:.0f} s)")
     record = record_of(options, ("torch", *NEEDS.values()), results)
-    save(record, report(record), options.out, options.name)
     console.print(report(record), markup=False)
     from rollout_picture import draw
 
@@ -95,19 +99,19 @@ def report(record: dict[str, Any]) -> str:
         "",
         where(record),
         "",
-        "tokens/s: generated, median of counted runs [slowest, fastest]. products: the flops that prompts "
+        "tokens/s: generated, median of the runs [slowest, fastest]. products: the flops that prompts "
         "and new tokens need, by time and the rate of a large matrix product in the same process. reading: "
         "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, when "
         "fullest. first run: the one that is not counted; where something is compiled, in it.",
         "",
-        "| workload | batch | system | tokens/s | prefill s | decode s | packing s | first run s | products "
-        "| reading | peak MB | KV |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| workload | batch | system | tokens/s | runs | prefill s | decode s | packing s | first run s "
+        "| products | reading | peak MB | KV |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in sorted(record["results"], key=lambda each: (each["workload"], each["batch"])):
         head = f"| {each['workload']} | {each['batch']} | {each['system']} | "
         if "failed" in each:
-            lines.append(head + f"{each['failed']} | | | | | | | | |")
+            lines.append(head + f"{each['failed']} | | | | | | | | | |")
             continue
         low, high = each["spread"]
         known = each["workload"] == "equal" or each["system"].startswith("minirlhf")
@@ -115,9 +119,8 @@ def report(record: dict[str, Any]) -> str:
         cache = "" if each["cache"] is None else f"{each['cache']:.2f}"
         reading = "" if each["of_reading"] is None else f"{each['of_reading']:.0%}"
         lines.append(
-            head
-            + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {seconds} | {each['once']:.2f} | "
-            f"{each['first']:.1f} | {each['of_products']:.0%} | {reading} | {each['peak_mb']:.0f} | {cache} |"
+            head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['runs']} | {seconds} | "
+            f"{each['once']:.2f} | {each['first']:.1f} | {each['of_products']:.0%} | {reading} | {each['peak_mb']:.0f} | {cache} |"
         )
     for each in record["results"]:
         if each.get("account"):
@@ -156,6 +159,7 @@ def worker(name: str, kind: str, batch: int, device_name: str, dtype: str, times
     rate = workload.tokens / statistics.median(cost.seconds for cost in costs)
     most = peak() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     return {
+        "runs": times,
         "tokens": workload.tokens,
         "tokens_per_second": rate,
         "spread": [workload.tokens / costs[-1].seconds, workload.tokens / costs[0].seconds],

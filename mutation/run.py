@@ -37,7 +37,12 @@ from mutation.suite import Test, with_tests
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives",)
 # Of the kernels the mathematics; building and calling C++ is plumbing.
-PAGES = ("minirlhf/kernels/logprob.py", "minirlhf/kernels/fused.py", "minirlhf/rollout/draw.py")
+PAGES = (
+    "minirlhf/kernels/logprob.py",
+    "minirlhf/kernels/fused.py",
+    "minirlhf/kernels/passes.py",
+    "minirlhf/rollout/draw.py",
+)
 TESTS = (
     "tests/objectives",
     "tests/kernels",

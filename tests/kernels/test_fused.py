@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf.kernels import cpu, fused
+from minirlhf.kernels import cpu, fused, passes
 from minirlhf.kernels.fused import log_prob, log_prob_plain
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,7 +51,7 @@ plain_sum = partial(weighted, log_prob_plain, temperature=0.8)
 @pytest.fixture(params=["kept", "in pieces"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in pieces":
-        monkeypatch.setattr(fused, "KEPT", 0)
+        monkeypatch.setattr(passes, "KEPT", 0)
     return request.param
 
 
@@ -65,9 +65,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def in_pieces_of(width: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "KEPT", 0)
-    monkeypatch.setattr(fused, "_NARROWEST", 1)
-    monkeypatch.setattr(fused, "PIECE", width * rows * dtype.itemsize)
+    monkeypatch.setattr(passes, "KEPT", 0)
+    monkeypatch.setattr(passes, "_NARROWEST", 1)
+    monkeypatch.setattr(passes, "PIECE", width * rows * dtype.itemsize)
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 16, 17, 40, 41, 1000])
@@ -179,7 +179,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
 def test_masked_positions_cost_no_product_and_frozen_inputs_none_of_theirs(
     kept: int, forward: int, backward: int, products: Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "KEPT", kept)
+    monkeypatch.setattr(passes, "KEPT", kept)
     states, unembedding, ids, mask = batch(v=300, dtype=torch.float32)
     one = 2 * int(mask.sum()) * 6 * 300
     log_prob(states, unembedding, ids, mask, 1.0, entropy=True)
@@ -297,7 +297,7 @@ def test_a_compiled_body_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_library", lambda: None)
     right = log_prob(*given, 0.8, entropy=True), grad(fused_sum, argnums=(0, 1))(*given)
     used: list[Any] = []
-    monkeypatch.setattr(fused, "_COMPILED", 1)
+    monkeypatch.setattr(passes, "_COMPILED", 1)
     monkeypatch.setattr(
         fused, "_compiled", lambda work: used.append(work) or torch.compile(work, dynamic=True)
     )
@@ -308,8 +308,8 @@ def test_a_compiled_body_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_piece_is_larger_than_said(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "KEPT", 0)
-    monkeypatch.setattr(fused, "PIECE", 23 * 256 * 4)
+    monkeypatch.setattr(passes, "KEPT", 0)
+    monkeypatch.setattr(passes, "PIECE", 23 * 256 * 4)
     given = batch(v=3000, dtype=torch.float32)
     grad(fused_sum, argnums=0)(*given)
     rows = int(given[3].sum())
