@@ -120,7 +120,8 @@ def report(record: dict[str, Any]) -> str:
         reading = "" if each["of_reading"] is None else f"{each['of_reading']:.0%}"
         lines.append(
             head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['runs']} | {seconds} | "
-            f"{each['once']:.2f} | {each['first']:.1f} | {each['of_products']:.0%} | {reading} | {each['peak_mb']:.0f} | {cache} |"
+            f"{each['once']:.2f} | {each['first']:.1f} | {each['of_products']:.0%} | {reading} | "
+            f"{each['peak_mb']:.0f} | {cache} |"
         )
     for each in record["results"]:
         if each.get("account"):
