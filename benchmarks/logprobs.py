@@ -161,7 +161,6 @@ def worker(name: str, rows: int, masked: float, given: dict[str, Any]) -> dict[s
     keep_freed_memory()
     options = Options(**given)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    machine = measure(device, dtype)
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(rows, options.width, generator=draw).to(device, dtype)
     unembedding = (torch.randn(options.vocabulary, options.width, generator=draw) * 0.05).to(device, dtype)
@@ -186,6 +185,7 @@ def worker(name: str, rows: int, masked: float, given: dict[str, Any]) -> dict[s
     seconds = sorted(run() for _ in range(options.times))
     median = statistics.median(seconds)
     flops = 6.0 * int(mask.sum()) * unembedding.numel()
+    machine = measure(device, dtype)  # last: the memory it leaves behind would hide what a run takes
     return {
         "seconds": median,
         "spread": [seconds[0], seconds[-1]],

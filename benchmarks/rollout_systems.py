@@ -52,9 +52,10 @@ def ours(subject: Subject, *, kind: weights.Weights, refill: bool = True) -> Run
     spent = {"prefill": 0.0, "decode": 0.0, "once": 0.0}
 
     def states(given: Params, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
-        start = _now(device)
+        start, before = _now(device), spent["once"]
         got = model.states(given, tokens, *rest)
-        spent["prefill" if tokens.shape[1] > 1 else "decode"] += _now(device) - start
+        took = _now(device) - start - (spent["once"] - before)
+        spent["prefill" if tokens.shape[1] > 1 else "decode"] += took
         return got
 
     def timed_once(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +92,7 @@ def ours(subject: Subject, *, kind: weights.Weights, refill: bool = True) -> Run
             assert (rollout.lengths - rollout.prompt_lengths).tolist() == new
             ratio = max(ratio, use.pages * 32 / use.tokens)
         whole = _now(device) - start
-        prefill = spent["prefill"] - spent["once"]
-        return Cost(whole, prefill, whole - spent["prefill"], spent["once"], ratio)
+        return Cost(whole, spent["prefill"], whole - spent["prefill"] - spent["once"], spent["once"], ratio)
 
     return run
 

@@ -174,6 +174,8 @@ def _built() -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | None:
     if os.environ.get("MINIRLHF_KERNELS") == "0":
         return None
+    if ctypes.sizeof(_long) != 8:
+        return _without("a C long has less than 64 bits here")
     try:
         library = ctypes.CDLL(str(_build()))
     except subprocess.CalledProcessError as error:

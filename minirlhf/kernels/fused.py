@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.kernels.passes import backward_pass, forward_pass, keeps, wide_type
+from minirlhf.kernels.passes import backward_pass, fits, forward_pass, wide_type
 
 
 def log_prob(
@@ -50,20 +50,19 @@ _known_to_compiler = False
 def _whole(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropies, _, best, _ = _LogProb.apply(states, unembedding, ids, mask, temperature, entropy)
+    keep = torch.is_grad_enabled() and fits(states, unembedding)  # for a backward pass
+    logp, entropies, _, best, _ = _LogProb.apply(states, unembedding, ids, mask, temperature, entropy, keep)
     return logp, entropies, best
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(
-        states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, ...]:
-        return _log_prob(states, unembedding, ids, mask, temperature, entropy)
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        return _log_prob(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        states, unembedding, ids, mask, ctx.temperature, ctx.entropy = inputs
+        states, unembedding, ids, mask, ctx.temperature, *_ = inputs
         _, entropies, lse, best, kept = output
         ctx.mark_non_differentiable(lse, best, kept)
         ctx.save_for_backward(states, unembedding, ids, mask, entropies, lse, kept)
@@ -75,7 +74,7 @@ class _LogProb(torch.autograd.Function):
         by_states, by_unembedding = _Gradient.apply(
             *ctx.saved_tensors, by_logp, by_entropy, ctx.temperature, *wanted
         )
-        return (by_states if wanted[0] else None, by_unembedding if wanted[1] else None, *[None] * 4)
+        return (by_states if wanted[0] else None, by_unembedding if wanted[1] else None, *[None] * 5)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
@@ -151,10 +150,11 @@ _log_prob_gradient = torch.library.custom_op("minirlhf::log_prob_gradient", back
 
 @_log_prob.register_fake
 def _(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_type(states, unembedding)
-    kept = len(states) if keeps(states, unembedding) else 0
+    kept = len(states) if keep else 0
     logp, entropies, lse = (states.new_empty(len(states), dtype=wide) for _ in range(3))
     best = states.new_empty(len(states), dtype=torch.bool)
     return logp, entropies, lse, best, states.new_empty((kept, len(unembedding)), dtype=wide)

@@ -27,12 +27,18 @@ _COMPILED = 2**22  # logits of a piece from which a compiled body is worth compi
 
 
 def forward_pass(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse, is a most probable one [M], kept logits [M or 0, V])."""
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp, entropy, lse, is a most probable one [M], logits [M, V] if they are to be kept, else [0, V]).
+
+    Raises:
+        IndexError: an id under the mask is outside the vocabulary.
+    """
     index, rows = _selected(states, mask, wide_type(states, unembedding))
     rows, chosen_ids = rows / temperature if temperature != 1 else rows, ids[index]
-    kept = rows.new_empty((len(states) if keeps(states, unembedding) else 0, len(unembedding)))
+    _check_ids(chosen_ids, len(unembedding))
+    kept = rows.new_empty((len(states) if keep else 0, len(unembedding)))
     most, total, weighted = rows.new_full((len(rows),), -torch.inf), *rows.new_zeros(2, len(rows))
     chosen = rows.new_zeros(len(rows))
     for first, logits in _pieces(rows, unembedding, kept):
@@ -78,14 +84,23 @@ def backward_pass(
     return nothing if by_rows is None else by_rows, nothing.clone() if by_matrix is None else by_matrix
 
 
-def keeps(states: Tensor, unembedding: Tensor) -> bool:
-    """Whether the logits of all positions fit into `KEPT` bytes."""
+def fits(states: Tensor, unembedding: Tensor) -> bool:
+    """Whether the logits of all positions take no more than `KEPT` bytes."""
     return len(states) * len(unembedding) * wide_type(states, unembedding).itemsize <= KEPT
 
 
 def wide_type(states: Tensor, unembedding: Tensor) -> torch.dtype:
     """What is computed in: fp32, or fp64 where an input has it."""
     return torch.promote_types(torch.promote_types(states.dtype, unembedding.dtype), torch.float32)
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    if len(ids):
+        low, high = (int(each) for each in ids.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(
+                f"token id {low if low < 0 else high} under the mask is outside the vocabulary of {vocabulary}"
+            )
 
 
 def _selected(states: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,17 +114,19 @@ def _pieces(
 ) -> Iterator[tuple[int, Tensor]]:
     """(first token, logits [N, w] of w tokens from it on); the caller may overwrite them if it is `again`."""
     count, vocabulary = len(rows), len(unembedding)
-    if len(kept):
-        if not again:
-            torch.mm(rows, unembedding.to(rows.dtype).T, out=kept[:count])
-        yield 0, kept[:count].clone() if again else kept[:count]
+    if len(kept) and not again:
+        yield 0, torch.mm(rows, unembedding.to(rows.dtype).T, out=kept[:count])
         return
     width = min(vocabulary, max(_NARROWEST, PIECE // (rows.element_size() * max(count, 1))))
     room = rows.new_empty(count * width)
     for first in range(0, vocabulary, width):
-        piece = unembedding[first : first + width].to(rows.dtype)
-        logits = room[: count * len(piece)].view(count, len(piece))
-        yield first, torch.mm(rows, piece.T, out=logits)
+        wide = min(width, vocabulary - first)
+        logits = room[: count * wide].view(count, wide)
+        if len(kept):
+            yield first, logits.copy_(kept[:count, first : first + wide])
+        else:
+            piece = unembedding[first : first + wide].to(rows.dtype)
+            yield first, torch.mm(rows, piece.T, out=logits)
 
 
 def _absorb(logits: Tensor, most: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -149,6 +149,29 @@ def test_a_batch_that_is_masked_throughout_gives_zeros(memory: str) -> None:
     assert all(not each.any() for each in grad(fused_sum, argnums=(0, 1))(*nothing))
 
 
+@pytest.mark.parametrize("wrong", [-1, 41])
+def test_an_id_outside_the_vocabulary_is_named_unless_it_is_masked(wrong: int, memory: str) -> None:
+    states, unembedding, ids, mask = batch()
+    for place in range(23):
+        changed = torch.where(torch.arange(23) == place, wrong, ids)
+        if mask[place]:
+            with pytest.raises(IndexError, match=f"token id {wrong} under the mask .* vocabulary of 41"):
+                log_prob(states, unembedding, changed, mask, 1.0, entropy=False)
+        else:
+            log_prob(states, unembedding, changed, mask, 1.0, entropy=False)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, kept, forward = batch(), [], fused._log_prob
+    monkeypatch.setattr(fused, "_log_prob", lambda *args: kept.append(args[-1]) or forward(*args))
+    grad(fused_sum, argnums=1)(*given)
+    with torch.no_grad():
+        log_prob(*given, 1.0, entropy=True)
+    monkeypatch.setattr(passes, "KEPT", 0)
+    grad(fused_sum, argnums=1)(*given)
+    assert kept == [True, False, False]
+
+
 class Products(TorchDispatchMode):
     """Flops of products, and the largest result of one."""
 
@@ -299,7 +322,7 @@ def test_a_compiled_body_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Any] = []
     monkeypatch.setattr(passes, "_COMPILED", 1)
     monkeypatch.setattr(
-        fused, "_compiled", lambda work: used.append(work) or torch.compile(work, dynamic=True)
+        passes, "_compiled", lambda work: used.append(work) or torch.compile(work, dynamic=True)
     )
     got = log_prob(*given, 0.8, entropy=True), grad(fused_sum, argnums=(0, 1))(*given)
     for a, b in zip((*got[0], *got[1]), (*right[0], *right[1]), strict=True):
