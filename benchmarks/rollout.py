@@ -100,7 +100,7 @@ def report(record: dict[str, Any]) -> str:
         where(record),
         "",
         "tokens/s: generated, median of the runs [slowest, fastest]. products: the flops that prompts "
-        "and new tokens need, by time and the rate of a large matrix product in the same process. reading: "
+        "and new tokens need, by time and the rate of a large product in the same process. reading: "
         "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, when "
         "fullest. first run: the one that is not counted; where something is compiled, in it.",
         "",
@@ -117,7 +117,8 @@ def report(record: dict[str, Any]) -> str:
         known = each["workload"] == "equal" or each["system"].startswith("minirlhf")
         seconds = f"{each['prefill']:.2f} | {each['decode']:.2f}" if known else "|"
         cache = "" if each["cache"] is None else f"{each['cache']:.2f}"
-        reading = "" if each["of_reading"] is None else f"{each['of_reading']:.0%}"
+        eight = "int8" in each["system"]  # it reads other bytes
+        reading = "" if eight or each["of_reading"] is None else f"{each['of_reading']:.0%}"
         lines.append(
             head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['runs']} | {seconds} | "
             f"{each['once']:.2f} | {each['first']:.1f} | {each['of_products']:.0%} | {reading} | "

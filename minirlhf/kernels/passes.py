@@ -98,9 +98,8 @@ def _check_ids(ids: Tensor, vocabulary: int) -> None:
     if len(ids):
         low, high = (int(each) for each in ids.aminmax())
         if low < 0 or high >= vocabulary:
-            raise IndexError(
-                f"token id {low if low < 0 else high} under the mask is outside the vocabulary of {vocabulary}"
-            )
+            wrong = low if low < 0 else high
+            raise IndexError(f"token id {wrong} under the mask is outside the vocabulary of {vocabulary}")
 
 
 def _selected(states: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
