@@ -67,7 +67,7 @@ def _wrapped(kind: weights.Weights) -> dict[tuple[Any, str], str]:
     return {
         products: "products",
         (cpu.Reads, "attend"): "attention",
-        (engine, "inverse_cdf"): "draw",
+        (engine, "drawn"): "draw",
         (engine, "log_normaliser"): "raw log-prob",
         (torch.nn.functional, "gelu"): "gelu",
         (torch.nn.functional, "layer_norm"): "norms",

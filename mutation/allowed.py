@@ -62,12 +62,19 @@ _dtype_of_mps = turns(
 
 ALLOWED: tuple[Allowed, ...] = (
     Allowed(
+        "detached bool",
+        "A bool has no gradient to lose.",
+        turns(
+            "detach",
+            ("token_report", "is_argmax)", "is_argmax.detach()"),
+            ("_fused", "best.view", "best.detach()"),
+        ),
+    ),
+    Allowed(
         "placeholder of a double where",
         "The number stands where the outer selection or a factor 0 drops it: any that leaves no NaN will do.",
         turns(
             "constant, sign",
-            ("_blanked", "states, 0.0)", "states, 1.0)"),
-            ("_blanked", "tokens, 0)", "tokens, 1)"),
             ("exact_kl", "logp, 0.0)", "logp, 1.0)"),
             ("entropy", "logp, 0.0)", "logp, 1.0)"),
             ("explained_variance", "variance, 1.0)", "variance, 2.0)"),

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.kernels.passes import backward_pass, fits, forward_pass, wide_type
+from minirlhf.kernels import passes
+from minirlhf.kernels.passes import fits, log_prob_plain, wide_type
 
 
 def log_prob(
@@ -131,21 +132,22 @@ def _one_after_the_other(
     return stacked, (0,) * len(stacked)
 
 
-def log_prob_plain(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`log_prob` through all logits [M, V], always with the entropy: what the fused form has to equal."""
-    # Zeros under the mask: a NaN there would pass through the product's gradient, an id through gather.
-    states, ids = torch.where(mask[:, None], states, 0.0), torch.where(mask, ids, 0)
-    wide = wide_type(states, unembedding)
-    logp = torch.log_softmax(states.to(wide) @ unembedding.to(wide).T / temperature, dim=-1)
-    chosen, entropies = logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    best = mask & (chosen == logp.amax(-1))
-    return torch.where(mask, chosen, 0.0), torch.where(mask, entropies, 0.0), best
+@torch.library.custom_op("minirlhf::log_prob", mutates_args=())
+def _log_prob(
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return passes.forward_pass(states, unembedding, ids, mask, temperature, entropy, keep)
 
 
-_log_prob = torch.library.custom_op("minirlhf::log_prob", forward_pass, mutates_args=())
-_log_prob_gradient = torch.library.custom_op("minirlhf::log_prob_gradient", backward_pass, mutates_args=())
+@torch.library.custom_op("minirlhf::log_prob_gradient", mutates_args=())
+def _log_prob_gradient(
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
+    kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
+    want_unembedding: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    found = states, unembedding, ids, mask, entropies, lse, kept
+    return passes.backward_pass(*found, by_logp, by_entropy, temperature, want_states, want_unembedding)
 
 
 @_log_prob.register_fake

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.kernels.fused import log_prob, log_prob_plain
+from minirlhf.kernels.fused import log_prob
+from minirlhf.kernels.passes import log_prob_plain
 
 
 class TokenReport(NamedTuple):
@@ -53,7 +54,7 @@ def token_logp(
     >>> token_logp(states, unembedding, tokens, mask)
     tensor([[ 0.0000, -0.4076]])
     """
-    return _fused(states, unembedding, tokens, mask, temperature, entropy=False)[0]
+    return _fused(states, unembedding, tokens, mask, temperature)[0]
 
 
 def token_logp_and_entropy(
@@ -68,7 +69,7 @@ def token_logp_and_entropy(
     Returns:
         (logp, entropy), each [B, T] in nats; the entropy lies in [0, log V]. Both differentiable.
     """
-    return _fused(states, unembedding, tokens, mask, temperature, entropy=True)[:2]
+    return _fused(states, unembedding, tokens, mask, temperature)[:2]
 
 
 def token_report(
@@ -78,7 +79,7 @@ def token_report(
 
     Arguments and errors are those of `token_logp`.
     """
-    logp, entropy, is_argmax = _fused(states, unembedding, tokens, mask, temperature, entropy=True)
+    logp, entropy, is_argmax = _fused(states, unembedding, tokens, mask, temperature)
     return TokenReport(logp, entropy.detach(), is_argmax)
 
 
@@ -99,11 +100,11 @@ def token_logp_and_entropy_dense(
 
 
 def _fused(
-    states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, temperature: float, *, entropy: bool
+    states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(states, unembedding, tokens, mask, temperature)
     flat = _flat(states, unembedding, tokens, mask)
-    logp, entropies, best = log_prob(*flat, temperature, entropy=entropy)
+    logp, entropies, best = log_prob(*flat, temperature, entropy=True)
     return logp.view(mask.shape), entropies.view(mask.shape), best.view(mask.shape)
 
 

@@ -84,6 +84,19 @@ def backward_pass(
     return nothing if by_rows is None else by_rows, nothing.clone() if by_matrix is None else by_matrix
 
 
+def log_prob_plain(
+    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`log_prob` through all logits [M, V], always with the entropy: what the fused form has to equal."""
+    # Zeros under the mask: a NaN there would pass through the product's gradient, an id through gather.
+    states, ids = torch.where(mask[:, None], states, 0.0), torch.where(mask, ids, 0)
+    wide = wide_type(states, unembedding)
+    logp = torch.log_softmax(states.to(wide) @ unembedding.to(wide).T / temperature, dim=-1)
+    chosen, entropies = logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    best = mask & (chosen == logp.amax(-1))
+    return torch.where(mask, chosen, 0.0), torch.where(mask, entropies, 0.0), best
+
+
 def fits(states: Tensor, unembedding: Tensor) -> bool:
     """Whether the logits of all positions take no more than `KEPT` bytes."""
     return len(states) * len(unembedding) * wide_type(states, unembedding).itemsize <= KEPT

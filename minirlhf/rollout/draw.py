@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.kernels import cpu
-
 BOUNDARY = 1e-5
 """Probability; a uniform this close to another token's interval may fall into it under another rounding."""
 
@@ -44,8 +42,6 @@ def inverse_cdf(law_logp: Tensor, uniform: Tensor) -> Draw:
             f"expected law_logp [B, V] and uniform [B], got {list(law_logp.shape)} and {list(uniform.shape)}"
         )
     device = law_logp.device
-    if _by_kernel(law_logp):
-        return Draw(*cpu.draw(law_logp, uniform.to(device, torch.float64), BOUNDARY))
     if device.type == "mps":  # it has no fp64
         law_logp = law_logp.cpu()
     batch, vocabulary = law_logp.shape
@@ -65,15 +61,6 @@ def inverse_cdf(law_logp: Tensor, uniform: Tensor) -> Draw:
     near_upper = ((block < last_block) | (place < last)) & (upper - uniform < BOUNDARY)
     token = (block * _BLOCK + place)[:, 0]
     return Draw(token.to(device), (near_lower | near_upper)[:, 0].to(device))
-
-
-def log_normaliser(logits: Tensor) -> Tensor:
-    """log Σ_v e^(z_v) of each row of [B, V]."""
-    return cpu.logsumexp(logits) if _by_kernel(logits) else logits.logsumexp(-1)
-
-
-def _by_kernel(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype == torch.float32 and cpu.available()
 
 
 def _first_total(cumulative: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.attention import decoding, prefilling
 from minirlhf.rollout.cache import Cache
-from minirlhf.rollout.draw import check_law, inverse_cdf, log_normaliser
+from minirlhf.rollout.draw import check_law
+from minirlhf.rollout.drawing import drawn, log_normaliser
 from minirlhf.rollout.pages import NOBODY
 from minirlhf.rollout.parts import Part
 
@@ -159,7 +160,7 @@ class Engine:
         """One token for every live row; rows that end leave. Returns them."""
         row, at = self._there(self.row), self._there(self.drawn)
         uniform = self.uniform[self.row, self.drawn]
-        token, near = inverse_cdf(law_logp, uniform)
+        token, near = drawn(law_logp, uniform)
         out, column = self.answers, token[:, None]
         out.tokens[row, at] = token
         out.logp[row, at] = logits.gather(1, column)[:, 0] - log_normaliser(logits)
