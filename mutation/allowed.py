@@ -62,6 +62,15 @@ _dtype_of_mps = turns(
 
 ALLOWED: tuple[Allowed, ...] = (
     Allowed(
+        "shortcut at temperature 1",
+        "Where it is not taken, the same law is reached by a division by 1.",
+        turns(
+            "branch, constant",
+            ("tempered", "if temperature == 1:", "if False:"),
+            ("tempered", "temperature == 1:", "temperature == 0:"),
+        ),
+    ),
+    Allowed(
         "detached bool",
         "A bool has no gradient to lose.",
         turns(
