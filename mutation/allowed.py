@@ -186,15 +186,6 @@ ALLOWED: tuple[Allowed, ...] = (
         "How many tokens are summed at a time changes no draw.",
         turns("constant", ("<module>", "= 256", "= 257"), ("<module>", "= 256", "= 255")),
     ),
-    Allowed(
-        "a division by one",
-        "Dividing by a temperature of 1 changes no number; it is left out for speed.",
-        turns(
-            "branch, constant",
-            ("_log_softmax", "if temperature != 1.0:", "if True:"),
-            ("_log_softmax", "if temperature != 1.0:", "if temperature != 0.0:"),
-        ),
-    ),
 )
 
 
