@@ -19,7 +19,7 @@ Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ _SMALLEST = 2**18  # entries; below, calling costs more than the better product 
 _FEWEST_SLOTS = 2  # below, the plain product was as fast
 _PACKED_STEPS = 16  # packing costs about as much as it saves in five steps
 _MOST_ROWS = 512  # of one product; above, torch's own was up to a tenth faster
+_ROUNDED = {torch.float32, torch.bfloat16, torch.float64}
 _MOST_ONEDNN = 128  # slots, from which torch's own was as fast as oneDNN's packed one
 
 
@@ -52,17 +53,45 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
     order: logits differ by rounding, as between batch sizes.
     """
     leaf = next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
-    if leaf.device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
+    if not _packing_pays(leaf.device, slots, steps):
         return params
     if cpu.available():
-        sizes = [leaf.shape for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
-        # Which side is the input shows at the first product.
-        entries = sum(max(cpu.packed_size(a, b), cpu.packed_size(b, a)) + 16 for a, b in sizes)
-        room = Room("packed weights", entries * torch.float32.itemsize)
+        room = Room("packed weights", _packed_bytes(params))
         return _replaced(params, partial(Packed, room=room), {torch.float32})
-    if slots > _MOST_ONEDNN or not torch.backends.mkldnn.is_available():
-        return params
     return _replaced(params, partial(Reordered, rows=slots), {torch.float32})
+
+
+class Copies(NamedTuple):
+    """Bytes of the weights that a rollout makes: in a room, which is left when nothing uses it; on the heap."""
+
+    room: int
+    heap: int
+
+
+def copies_of(weights: Weights, params: Params, slots: int, steps: int, device: torch.device) -> Copies:
+    """What `weights`, one of this page, would make of parameters of these shapes on this device."""
+    if weights is int8:
+        sizes = [leaf.numel() for leaf in tree_leaves(params) if _to_replace(leaf, _ROUNDED)]
+        # While one is made: itself over its scales in fp32, and its bytes before they are packed.
+        return Copies(0, sum(sizes) + 5 * max(sizes, default=0))
+    if weights is not fastest or not _packing_pays(device, slots, steps):
+        return Copies(0, 0)
+    if cpu.available():
+        return Copies(_packed_bytes(params), 0)
+    return Copies(0, sum(leaf.nbytes for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})))
+
+
+def _packing_pays(device: torch.device, slots: int, steps: int) -> bool:
+    if device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
+        return False
+    return cpu.available() or (slots <= _MOST_ONEDNN and torch.backends.mkldnn.is_available())
+
+
+def _packed_bytes(params: Params) -> int:
+    sizes = [leaf.shape for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
+    # Which side is the input shows at the first product.
+    entries = sum(max(cpu.packed_size(a, b), cpu.packed_size(b, a)) + 16 for a, b in sizes)
+    return entries * torch.float32.itemsize
 
 
 def int8(params: Params, slots: int, steps: int) -> Params:
@@ -75,7 +104,7 @@ def int8(params: Params, slots: int, steps: int) -> Params:
     is quantised by itself, so it does not depend on its batch mates. Biases, norms, attention and embeddings
     keep their precision.
     """
-    return _replaced(params, Int8, {torch.float32, torch.bfloat16, torch.float64})
+    return _replaced(params, Int8, _ROUNDED)
 
 
 class _Weight(ABC):

@@ -19,6 +19,10 @@ Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
 
 
+SCORED_ROWS = 64
+"""Rows that a reward model reads at a time."""
+
+
 class Decoder(Protocol):
     """The one thing that a reward on text asks of a tokenizer."""
 
@@ -28,7 +32,7 @@ class Decoder(Protocol):
 
 
 def reward_model_scorer(
-    model: LanguageModel, params: Params, normalisation: Normalisation, *, micro_batch_size: int = 64
+    model: LanguageModel, params: Params, normalisation: Normalisation, *, micro_batch_size: int = SCORED_ROWS
 ) -> Scorer:
     """Our own reward model, on the very ids that were sampled.
 
