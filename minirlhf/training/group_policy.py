@@ -38,6 +38,7 @@ from minirlhf.training.group_experience import (
 from minirlhf.training.group_metrics import sampled_metrics
 from minirlhf.training.group_update import optimise
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
+from minirlhf.training.offload import Lendable
 from minirlhf.training.ppo import Task, best_so_far, check_prompts
 from minirlhf.training.ppo_metrics import learning_metrics
 from minirlhf.training.ppo_sampling import seeded
@@ -127,7 +128,7 @@ def iteration(
 def train(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     config: GroupConfig,
@@ -159,6 +160,7 @@ def train(
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
     task, state = Task(model, reference, scorer, prompts, stops), begin(policy)
+    del policy  # a copy is trained
     judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
     best, metrics = judge(None, state.policy.params, 0)
     if log is not None and metrics:

@@ -25,6 +25,7 @@ from minirlhf.objectives.divergence import KLController, adapt_kl
 from minirlhf.runs import InputError
 from minirlhf.training.experience import Sampled
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
+from minirlhf.training.offload import Lendable
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
 from minirlhf.training.ppo_sampling import sample, seeded
@@ -67,7 +68,7 @@ class Task(NamedTuple):
     """
 
     model: LanguageModel
-    reference: Params
+    reference: Lendable
     scorer: Scorer
     prompts: Sequence[Sequence[int]]
     stop_ids: Sequence[int]
@@ -123,7 +124,7 @@ def iteration(task: Task, state: PPOState, config: PPOConfig, *, seed: int, rate
 def train(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     critic: Params,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
@@ -161,6 +162,7 @@ def train(
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
     task = Task(model, reference, scorer, prompts, stops)
     state = begin(policy, critic, config)
+    del policy, critic  # copies are trained; these are gone where the caller has let them go
     judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
     best, metrics = judge(None, state.learners.policy.params, 0)
     if log is not None and metrics:

@@ -9,6 +9,7 @@ the response, in nats; rewards are β times the log-ratio to the reference, for 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,10 +145,52 @@ def train(
         GuardError: policy and reference differ at the start (see `PreferenceConfig.start_at_reference`).
         NonFiniteError: a loss or gradient was not finite.
     """
+    size = config.micro_batch_size
+    referred = refer(model, ref_params, train_pairs, validation_pairs, micro_batch_size=size)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_referred(model, params, referred, config, objective, generator=generator, **hooks)
+
+
+class Referred(NamedTuple):
+    """Pairs with the reference's log-probs, which are all that training needs of it."""
+
+    train: PairRows
+    validation: PairRows
+
+
+def refer(
+    model: LanguageModel,
+    ref_params: Params,
+    train_pairs: Sequence[PairExample],
+    validation_pairs: Sequence[PairExample],
+    *,
+    micro_batch_size: int,
+) -> Referred:
+    """The first half of `train`: the reference reads all pairs once.
+
+    Raises:
+        InputError: a set is empty, or a pair is unusable.
+    """
+    read = partial(with_reference, model, ref_params, micro_batch_size=micro_batch_size)
+    sets = ((train_pairs, "training"), (validation_pairs, "validation"))
+    return Referred(*(read(pair_rows(pairs, name=name, model=model)) for pairs, name in sets))
+
+
+def train_referred(
+    model: LanguageModel,
+    params: Params,
+    referred: Referred,
+    config: PreferenceConfig,
+    objective: PairObjective,
+    *,
+    generator: torch.Generator,
+    evaluate: Evaluate | None = None,
+    log: Log | None = None,
+    keep: Keep | None = None,
+) -> StageResult:
+    """The second half of `train`, whose arguments and errors these are; the reference may be gone by now."""
     device, size = device_of(params), config.micro_batch_size
-    referred = partial(with_reference, model, ref_params, micro_batch_size=size)
-    pairs = referred(pair_rows(train_pairs, name="training", model=model))
-    held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
+    pairs, held_out = referred
     stage = Stage(
         name=objective.name,
         loss=partial(loss, model=model, objective=objective),
@@ -158,7 +201,7 @@ def train(
         shown=("loss", "rewards/accuracies", "rewards/margins"),
     )
     if config.start_at_reference:
-        first = stage.cut(torch.arange(min(len(train_pairs), config.batch_size)))
+        first = stage.cut(torch.arange(min(len(stage.lengths), config.batch_size)))
         check_start(params, first, objective, loss=stage.loss)
     return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
 

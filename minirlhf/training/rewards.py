@@ -14,6 +14,7 @@ from minirlhf.data.records import RewardFn
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params, scalar
 from minirlhf.rollout.sampler import Rollout, responses
+from minirlhf.training.offload import Lendable, using
 
 Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
@@ -32,7 +33,11 @@ class Decoder(Protocol):
 
 
 def reward_model_scorer(
-    model: LanguageModel, params: Params, normalisation: Normalisation, *, micro_batch_size: int = SCORED_ROWS
+    model: LanguageModel,
+    params: Lendable,
+    normalisation: Normalisation,
+    *,
+    micro_batch_size: int = SCORED_ROWS,
 ) -> Scorer:
     """Our own reward model, on the very ids that were sampled.
 
@@ -49,13 +54,14 @@ def reward_model_scorer(
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
         del prompt_index  # the prompt is in the ids
-        raw = [
-            raw_score(model, params, tokens[:, : int(lengths.max())], lengths)
-            for tokens, lengths in zip(
-                rollout.tokens.split(micro_batch_size), rollout.lengths.split(micro_batch_size), strict=True
-            )
-        ]
-        return (torch.cat(raw) - normalisation.shift) / normalisation.scale
+        parts = zip(
+            rollout.tokens.split(micro_batch_size), rollout.lengths.split(micro_batch_size), strict=True
+        )
+
+        def read(here: Params) -> list[Tensor]:
+            return [raw_score(model, here, ids[:, : int(lengths.max())], lengths) for ids, lengths in parts]
+
+        return (torch.cat(using(params, read)) - normalisation.shift) / normalisation.scale
 
     return torch.no_grad()(score)
 

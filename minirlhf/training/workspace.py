@@ -15,10 +15,11 @@ import torch
 from minirlhf.data.source import fingerprint
 from minirlhf.data.templates.source import find_template
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, no_template
-from minirlhf.models.checkpoint import Normalisation, load_language_model, load_scalar_model
+from minirlhf.models.checkpoint import Normalisation, Read, load_language_model, load_scalar_model
 from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.models.sources import resolve_model
+from minirlhf.models.tensor_files import read_tensors, without_memory
 from minirlhf.runs import (
     InputError,
     MetricsWriter,
@@ -57,14 +58,14 @@ def load_policy(path: Path, setting: Setting) -> Checkpoint:
         InputError: there is no such model, or its tokenizer knows ids that it has no row for.
     """
     device, path = resolve(setting.device), resolve_model(path)
-    model, params = load_language_model(path)
+    model, params = load_language_model(path, read=_reader(setting))
     return _loaded(path, model, params, Normalisation(0.0, 1.0), device, setting)
 
 
 def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
     """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
     device, path = resolve(setting.device), resolve_model(path)
-    model, params, normalisation = load_scalar_model(path)
+    model, params, normalisation = load_scalar_model(path, read=_reader(setting))
     return _loaded(path, model, params, normalisation, device, setting)
 
 
@@ -87,7 +88,26 @@ def _loaded(
     # An id beyond the vocabulary (a family's default in a small model) cannot be drawn.
     ends = [end for end in (tokenizer.eos_id, *model.stop_ids) if end < model.config.vocab_size]
     bound = with_stop_ids(model, tuple(dict.fromkeys(ends)))
-    return Checkpoint(path, bound, move(params, device), tokenizer, normalisation)
+    here = params if setting.dry_run else move(params, device)
+    return Checkpoint(path, bound, here, tokenizer, normalisation)
+
+
+def _reader(setting: Setting) -> Read:
+    """A dry run has shapes enough."""
+    return without_memory if setting.dry_run else read_tensors
+
+
+def load_reference(path: Path, policy: Checkpoint, setting: Setting) -> Checkpoint:
+    """The model to stay near: the policy itself where it is the same, which is then in memory once.
+
+    Raises:
+        InputError: as `load_policy`, or it is another model than the policy.
+    """
+    if resolve_model(path) == policy.path:
+        return policy
+    near = load_policy(path, setting)
+    require_same_model(policy, near)
+    return near
 
 
 def require_same_model(first: Checkpoint, second: Checkpoint) -> None:
