@@ -1,6 +1,6 @@
-"""The memory plan beside the memory that the run took: every stage, planned by --dry-run, then run. Table, JSON.
+"""The memory plan beside what the run took: every stage, planned by --dry-run, then run. Table, JSON.
 
-    PYTHONPATH=. python benchmarks/memory_plan.py                     GPT-2 124M and a model of 27 M, random weights
+    PYTHONPATH=. python benchmarks/memory_plan.py             GPT-2 124M and a model of 27 M, random weights
     PYTHONPATH=. python benchmarks/memory_plan.py --sizes small --stages sft ppo
 
 Plan and run have a process each and are the commands that a user types. What a run took is the most that was
