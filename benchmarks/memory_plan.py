@@ -21,7 +21,7 @@ import torch
 import tyro
 from harness import in_a_process, peak, record_of, save, worker_arguments
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.cli import main as minirlhf
 from minirlhf.models import gpt2
@@ -61,11 +61,18 @@ class Options:
 
 
 def write_files(folder: Path, shape: gpt2.GPT2Config, *, rows: int = 60) -> None:
-    """A model of random weights, a reward model, and data whose words are one token each."""
-    words = [f"w{number}" for number in range(64)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<|endoftext|>", *words])}))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
-    backend.add_special_tokens(["<|endoftext|>"])
+    """A model of random weights, a reward model, and data whose words are a token each."""
+    words = [a + b for a in "abcdefgh" for b in "ijklmnop"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(words)], trainer)
     backend.save(str(folder / "tokenizer.json"))
     draw = random.Random(0)
 
@@ -96,7 +103,7 @@ def command(stage: str, folder: Path) -> list[str]:
     judge = ["--reward-model", str(folder / "reward")] if data == "prompts" else []
     return [
         stage, "--policy", str(folder / "policy"), "--data", str(folder / f"{data}.jsonl"), *judge,
-        "--out", str(folder / stage), "--device", "cpu", *FLAGS[stage],
+        "--out", str(folder / f"made-{stage}"), "--device", "cpu", *FLAGS[stage],
     ]  # fmt: skip
 
 

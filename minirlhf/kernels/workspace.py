@@ -22,7 +22,8 @@ def workspace(operator: Any, arguments: tuple[Any, ...]) -> int:
     >>> import minirlhf.kernels.fused
     >>> states, matrix = torch.empty(8, 4, device="meta"), torch.empty(10, 4, device="meta")
     >>> ids, mask = torch.empty(8, dtype=torch.int64), torch.empty(8, dtype=torch.bool)
-    >>> workspace(torch.ops.minirlhf.log_prob.default, (states, matrix, ids, mask, 1.0, True, False)) >= 8 * 10 * 4
+    >>> forward = torch.ops.minirlhf.log_prob.default
+    >>> workspace(forward, (states, matrix, ids, mask, 1.0, True, False)) >= 8 * 10 * 4
     True
     >>> workspace(torch.ops.aten.mm.default, (states, matrix.T))
     0

@@ -62,7 +62,7 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
 
 
 class Copies(NamedTuple):
-    """Bytes of the weights that a rollout makes: in a room, which is left when nothing uses it; on the heap."""
+    """Bytes of a rollout's own weights: in a room, which goes when nothing uses it; on the heap."""
 
     room: int
     heap: int

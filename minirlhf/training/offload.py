@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Waiting(NamedTuple):
-    """Parameters on the CPU and the device that they are used on. move: (parameters, device) -> a copy there."""
+    """Parameters on the CPU, and the device that they are used on. move: -> a copy there."""
 
     params: Params
     device: torch.device
@@ -32,7 +32,7 @@ Lendable = Params | Waiting
 
 
 def using(params: Lendable, work: Callable[[Params], Result]) -> Result:
-    """work(parameters on their device); a copy that was made for it is gone afterwards, unless `work` kept it.
+    """work(parameters on their device); a copy made for it is gone afterwards, unless `work` kept it.
 
     >>> waiting = Waiting({"w": torch.ones(2)}, torch.device("cpu"))
     >>> using(waiting, lambda params: params["w"].sum())

@@ -42,7 +42,7 @@ class Models(NamedTuple):
     """What such a stage has read.
 
     policy, reference: may be one and the same.
-    critic: with its head; what it shares with the reward model or the policy is not counted twice. None: none.
+    critic: with its head; what it shares with reward model or policy is not counted twice. None: none.
     judge, reward: the reward model and its parameters; None where a rule or an endpoint scores.
     offload: whether reference and reward model are on the device only while they are used.
     """
@@ -106,7 +106,7 @@ def _readings(
     part = min(config.micro_batch_size, config.batch_size)
     readings = [("refer", law, models.reference, part, near)]
     if models.critic is not None:
-        readings.append(("value", partial(value_of, models.model), models.critic, part, ()))
+        readings.append(("value", partial(value_of, models.model), models.critic, part, []))
     phases = []
     for name, read, params, rows, lent in readings:
         tokens = torch.zeros(rows, width, dtype=torch.int64)

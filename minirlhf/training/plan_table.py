@@ -1,4 +1,4 @@
-"""What a user sees of a memory plan: a table on request, one line otherwise, and a word where it will not fit."""
+"""What a user sees of a memory plan: a table on request, else one line; a word where it will not fit."""
 
 import io
 
@@ -52,7 +52,8 @@ def table_of(plan: Plan) -> str:
 
 def line_of(plan: Plan) -> str:
     """The peak in one line."""
-    return f"{plan.stage}: planned peak of memory {plan.peak / 1e9:.2f} GB on {plan.device} ({plan.fullest.name})"
+    peak, place = plan.peak / 1e9, plan.fullest.name
+    return f"{plan.stage}: planned peak of memory {peak:.2f} GB on {plan.device} ({place})"
 
 
 def warning_of(plan: Plan, room: int) -> str:

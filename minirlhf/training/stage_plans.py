@@ -140,7 +140,7 @@ def rollout_phase(
     *,
     device: torch.device,
 ) -> Phase:
-    """A rollout at its fullest. On a CPU, packed weights and cache lie in rooms, which go back to the system."""
+    """A rollout at its fullest. On a CPU, packed weights and cache lie in rooms, which go back."""
     tokens = torch.zeros(sampled.rows, sampled.tokens, dtype=torch.int64)
     live = live_memory(without_gradient(model.hidden), params, tokens, device=device)
     in_rooms = device.type == "cpu"
@@ -172,10 +172,8 @@ def _loop_plan(
     live = live_memory(partial(gradient, loss=loss), params, parts, step.normaliser, device=device)
     part = held_out.micro_batches[0]
     judged = live_memory(without_gradient(loss), params, part, held_out.normaliser, device=device)
-    around, fitting = trained.held(), []
-    if prompts:
-        fitting, most = shown_prompts(model, prompts)
-    shown = []
+    around, shown = trained.held(), []
+    fitting, most = shown_prompts(model, prompts)
     if fitting:
         sampled = footprint(model, params, fitting, max_new_tokens=most, device=device)
         shown = [rollout_phase("show samples", model, params, sampled, around, device=device)]
