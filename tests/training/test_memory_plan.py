@@ -136,13 +136,14 @@ def test_the_log_probs_workspace_is_what_its_passes_hold(
     states, matrix = torch.randn(200, 32).to(dtype), torch.randn(2000, 32).to(dtype)
     ids, mask = torch.randint(2000, (200,)), torch.ones(200, dtype=torch.bool)
     mask[::7] = False
-    forward = (states, matrix, ids, mask, 0.7, True, keep)
+    forward: Any = (states, matrix, ids, mask, 0.7, True, keep)
     logp, entropy, lse, _, kept = passes.forward_pass(*forward)
     backward = (states, matrix, ids, mask, entropy, lse, kept, torch.ones(200), torch.ones(200), 0.7)
-    for operator, work, given in (
+    calls: list[tuple[Any, Any, Any]] = [
         (torch.ops.minirlhf.log_prob.default, passes.forward_pass, forward),
         (torch.ops.minirlhf.log_prob_gradient.default, passes.backward_pass, (*backward, True, True)),
-    ):
+    ]
+    for operator, work, given in calls:
         taken = _held_really(work, given)
         returned = sum(leaf.nbytes for leaf in work(*given))
         planned = workspace(operator, given) + returned
