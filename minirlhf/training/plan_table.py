@@ -11,13 +11,19 @@ from minirlhf.training.setting import Setting
 
 def announce(plan: Plan, setting: Setting) -> bool:
     """Shows the plan, whole in a dry run; returns whether this is one, so that the stage ends here."""
+    say = setting.show if setting.dry_run else _beside_the_progress
     if setting.dry_run:
-        setting.show(table_of(plan))
-    setting.show(line_of(plan))
+        say(table_of(plan))
+    say(line_of(plan))
     room = available(plan.device)
     if room is not None and plan.peak > room:
-        setting.show(warning_of(plan, room))
+        say(warning_of(plan, room))
     return setting.dry_run
+
+
+def _beside_the_progress(line: object) -> None:
+    """A run's own output is the same twice; what the process has of memory is not."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def table_of(plan: Plan) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from minirlhf import cli
-from minirlhf.data.records import Sequences
-from minirlhf.kernels import passes
+from minirlhf.data.records import Sequences, join
+from minirlhf.kernels import cpu, passes
+from minirlhf.kernels.logprob import token_logp
 from minirlhf.kernels.workspace import workspace
 from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
@@ -31,6 +32,8 @@ from minirlhf.training.live_memory import _Counter, live_memory, without_gradien
 from minirlhf.training.memory_plan import Entry, Phase, Plan, Trained, bytes_of
 from minirlhf.training.plan_table import announce, table_of
 from minirlhf.training.setting import ReadingConfig, Setting
+from minirlhf.training.sft import SFTConfig
+from minirlhf.training.stage_plans import sft_plan
 from minirlhf.training.stages import preference as preference_stage
 from minirlhf.training.update import gradient
 from tests.miniature import write_files
@@ -150,6 +153,30 @@ def test_the_log_probs_workspace_is_what_its_passes_hold(
         assert 0.85 * taken <= planned <= 1.35 * taken, (operator, taken, planned)
 
 
+def test_the_peak_contains_what_the_log_prob_holds_inside() -> None:
+    states, matrix = torch.zeros(1, 400, 8), torch.zeros(passes.KEPT // 800, 8)  # too large to be kept
+    ids = torch.zeros(1, 400, dtype=torch.int64)
+    live = live_memory(without_gradient(token_logp), states, matrix, ids, ids.bool(), device=CPU)
+    assert passes.PIECE // 2 < live.inside < 2 * passes.PIECE + 8 * passes.PIECE * (not cpu.available())
+    assert live.inside < live.peak < live.inside + 20 * ids.nbytes
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_stage_is_planned_for_its_longest_rows_and_the_gradients_it_sums(batches: int) -> None:
+    model = gpt2.bind(CONFIG)
+    params = model.init(torch.Generator().manual_seed(0))
+    examples = [join([1], [2] * length) for length in [3] * 20 + [19] * 12]
+    config = SFTConfig(batch_size=4 * batches, micro_batch_size=4)
+    plan = sft_plan("sft", model, params, examples, examples[:2], [], config, device=CPU)
+    phase = next(phase for phase in plan.phases if phase.name == "gradient")
+    work = partial(gradient, loss=partial(sft.loss, model=model))
+    one = live_memory(work, params, [rows_of(4, 20)], torch.tensor(1.0), device=CPU)
+    # start, parameters, two moments, best checkpoint; and from the second on the sum so far
+    owned = (5 if batches == 1 else 6) * bytes_of(params)
+    assert phase.size == pytest.approx(owned + one.peak, rel=0.001)
+    assert "4 rows of 20 tokens" in plan.assumed[0]
+
+
 def _held_really(work: Any, given: tuple[Any, ...]) -> int:
     """The same count on tensors that have memory, inside the operator."""
     counter = _Counter(given)
@@ -195,16 +222,21 @@ def test_moments_belong_to_what_is_trained_and_not_to_the_base_it_starts_from() 
     assert entries == {"start": 1000, "parameters": 30, "moments": 60, "best checkpoint": 30}
 
 
-def test_a_machine_with_less_is_told_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_less_is_told_what_to_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     setting = Setting(0, "cpu", ReadingConfig(), show=lambda line: said.append(str(line)))
     plan = plan_of(Phase("gradient", (Entry("policy", "activations", 10**9),)))
     monkeypatch.setattr(plan_table, "available", lambda device: 10**12)
     assert not announce(plan, setting)
-    assert len(said) == 1
+    assert not said and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(plan_table, "available", lambda device: None)  # not known: nothing is claimed
+    assert not announce(plan, setting)
+    assert "warning" not in capsys.readouterr().err
     monkeypatch.setattr(plan_table, "available", lambda device: 10**8)
     assert announce(plan, setting._replace(dry_run=True))
-    assert "--micro-batch-size" in said[-1] and "0.10 GB" in said[-1]
+    assert len(said) == 3 and "--micro-batch-size" in said[-1] and "0.10 GB" in said[-1]
 
 
 def test_the_table_has_every_entry_and_the_peak() -> None:
@@ -271,8 +303,9 @@ def test_a_run_says_its_peak_in_one_line(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*arguments("dpo", made, tmp_path / "out"), "--max-steps", "1"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("planned peak of memory") == 1 and "policy: moments" not in said
+    said = capsys.readouterr()
+    assert said.err.count("planned peak of memory") == 1 and "policy: moments" not in said.err
+    assert "planned peak" not in said.out  # which is the same twice
 
 
 def test_the_reference_of_dpo_is_gone_when_training_begins(
