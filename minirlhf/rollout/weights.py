@@ -118,7 +118,7 @@ class _Weight(ABC):
 
 
 class Packed(_Weight):
-    """Panels of the width of the processor's registers; see kernels/native/product.cpp."""
+    """Panels of the width of the processor's registers; see kernels/native/product.cpp and tiles.cpp."""
 
     def __init__(self, weight: Tensor, *, room: Room) -> None:
         super().__init__(weight)
@@ -129,12 +129,12 @@ class Packed(_Weight):
             return super().product(x, bias, outputs_first=outputs_first)
         return F.linear(x, self.weight if outputs_first else self.weight.T, bias)
 
-    def prepare(self, matrix: Tensor) -> tuple[Tensor, int]:
+    def prepare(self, matrix: Tensor) -> cpu.PackedMatrix:
         width, depth = matrix.shape
-        return cpu.packed(matrix.T, self.room.take((cpu.packed_size(depth, width),))), width
+        return cpu.packed(matrix.T, self.room.take((cpu.packed_size(depth, width),)))
 
-    def multiply(self, x: Tensor, prepared: tuple[Tensor, int], bias: Tensor | None) -> Tensor:
-        return cpu.product(x, *prepared, bias)
+    def multiply(self, x: Tensor, prepared: cpu.PackedMatrix, bias: Tensor | None) -> Tensor:
+        return cpu.product(x, prepared, bias)
 
 
 class Reordered(_Weight):
