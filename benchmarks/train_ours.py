@@ -1,4 +1,4 @@
-"""minirlhf's steps, through its public functions: each stage's loss and cut, `training.update`, `ppo.iteration`."""
+"""minirlhf's steps by its public functions: a stage's cut and loss, `training.update`; `ppo.iteration`."""
 
 from collections.abc import Callable
 from functools import partial

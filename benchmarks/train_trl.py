@@ -2,16 +2,15 @@
 
 Both take the same weights, the same pairs in the same order, AdamW (torch's fused one), a constant rate, no
 weight decay, no dropout (TRL's own default but for SFT; 0 in the model's config here) and fp32: bf16 is TRL's
-default, and many times slower on a CPU without units for it. A step is from `on_step_begin` to `on_step_end`: the
-data loader and the logs lie outside. Of PPO, which has only `on_step_end`, an iteration is from one to the next,
-and its update from the first `accumulate` on.
+default, and many times slower on a CPU without units for it. A step is from `on_step_begin` to `on_step_end`:
+the data loader and the logs lie outside. Of PPO, which has only `on_step_end`, an iteration is from one to the
+next, and its update from the first `accumulate` on.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -102,15 +101,15 @@ def _ppo(work: Work, setting: Setting) -> Took:
     for name in ("max_steps", "train_sampling_strategy"):  # of the other trainers
         del arguments[name]
     config = ppo.PPOConfig(
-        **arguments, adam_epsilon=1e-5, total_episodes=work.rollouts * work.steps, response_length=work.answered,
-        num_sample_generations=0, missing_eos_penalty=1.0,
+        **arguments, adam_epsilon=1e-5, total_episodes=work.rollouts * work.steps,
+        response_length=work.answered, num_sample_generations=0, missing_eos_penalty=1.0,
     )  # fmt: skip
     table = import_module("datasets").Dataset.from_dict({"input_ids": prompts_of(work)})
     policy, reference = (language.from_pretrained(work.policy) for _ in range(2))
     value, reward = (scalar.from_pretrained(work.reward, num_labels=1) for _ in range(2))
     trainer = ppo.PPOTrainer(
-        config, model=policy, ref_model=reference, reward_model=reward, value_model=value, train_dataset=table,
-        eval_dataset=table, **_words_of(work),
+        config, model=policy, ref_model=reference, reward_model=reward, value_model=value,
+        train_dataset=table, eval_dataset=table, **_words_of(work),
     )  # fmt: skip
     device, updates, accumulate = torch.device(work.device), [], trainer.accelerator.accumulate
     times = _times(device)
@@ -159,8 +158,8 @@ def _times(device: torch.device) -> Any:
 def _arguments(work: Work, setting: Setting, *, rows: int) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "max_steps": work.steps,
-        "learning_rate": work.rate, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "bf16": False,
+        "learning_rate": work.rate, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "bf16": False,
         "use_cpu": work.device == "cpu", "dataloader_pin_memory": work.device != "cpu", "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, **setting.arguments,
     }  # fmt: skip

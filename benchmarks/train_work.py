@@ -1,4 +1,4 @@
-"""What every trainer is given: the same weights, pairs and prompts; and the flops that a step cannot do without."""
+"""What every trainer is given: the same weights, pairs and prompts; and the flops that a step needs."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,8 @@ PAD = 0  # in no text: transformers reads a reward at the last token that is not
 
 SIZES = {
     "124m": gpt2.GPT2Config(),
-    "tiny": gpt2.GPT2Config(vocab_size=2003, n_positions=256, n_embd=64, n_layer=2, n_head=2, eos_token_id=2002),
+    "tiny": gpt2.GPT2Config(vocab_size=2003, n_positions=256, n_embd=64, n_layer=2, n_head=2,
+                            eos_token_id=2002),
 }  # fmt: skip
 
 
@@ -99,9 +100,9 @@ def flops(work: Work, stage: str, epochs: int = 4) -> dict[str, float]:
 
         forward(rows of T tokens, y of them scored) = rows · (2 B T + 4 L D T (T + 1) / 2 + 2 V D y)
 
-    B: entries of the blocks' matrices; attention is causal. Forward and backward are 3 × forward. What a trainer
-    computes twice, scores without need or pads is not counted; nor is DPO's reference, which can be known before,
-    nor the old log-probs of PPO, which the sampler has.
+    B: entries of the blocks' matrices; attention is causal. Forward and backward are 3 × forward. What a
+    trainer computes twice, scores without need or pads is not counted; nor is DPO's reference, which can be
+    known before, nor the old log-probs of PPO, which the sampler has.
     """
     config = work.config
     width, layers = config.n_embd, config.n_layer
