@@ -6,8 +6,8 @@
     python benchmarks/train_step.py --ppo-trl FOLDER                 a TRL that has PPOTrainer, for PPO
 
 Steps of SFT, DPO and reward model, and whole iterations of PPO with the update in them, on equal batches.
-Every measurement has a process of its own, in which the machine's limit is measured as well. Steps: a few that
-are not counted (memory that is new to a process is slow, and what is compiled is compiled then), then
+Every measurement has a process of its own, in which the machine's limit is measured as well. Steps: a few
+that are not counted (memory that is new to a process is slow, and what is compiled is compiled then), then
 `--times`; the median counts. TRL has PPO until 1.12: `pip install --no-deps --target FOLDER trl==1.12.0`.
 """
 

@@ -3,8 +3,8 @@
 Both take the same weights, the same pairs in the same order, AdamW (torch's fused one), a constant rate, no
 weight decay, no dropout (TRL's own default but for SFT; 0 in the model's config here) and fp32: bf16 is TRL's
 default, and many times slower on a CPU without units for it. A step is from `on_step_begin` to `on_step_end`:
-the data loader and the logs lie outside. Of PPO, which has only `on_step_end`, an iteration is from one to the
-next, and its update from the first `accumulate` on.
+the data loader and the logs lie outside. Of PPO, which has only `on_step_end`, an iteration is from one to
+the next, and its update from the first `accumulate` on.
 """
 
 import sys
@@ -159,9 +159,9 @@ def _arguments(work: Work, setting: Setting, *, rows: int) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "max_steps": work.steps,
         "learning_rate": work.rate, "lr_scheduler_type": "constant", "weight_decay": 0.0,
-        "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "bf16": False,
-        "use_cpu": work.device == "cpu", "dataloader_pin_memory": work.device != "cpu", "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, **setting.arguments,
+        "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential",
+        "bf16": False, "use_cpu": work.device == "cpu", "dataloader_pin_memory": work.device != "cpu",
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, **setting.arguments,
     }  # fmt: skip
 
 
