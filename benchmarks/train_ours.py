@@ -39,9 +39,11 @@ class Setting(NamedTuple):
     """How a step is taken.
 
     parts: micro-batches that a batch is cut into.
+    prepare: called before anything else.
     """
 
     parts: int = 1
+    prepare: Callable[[], None] = lambda: None
 
 
 SETTINGS: dict[str, Setting] = {
@@ -62,6 +64,7 @@ class Ready(NamedTuple):
 def measure(work: Work, stage: str, setting: Setting) -> Took:
     """Takes the steps. Batches are cut before: reading data is in no trainer's time."""
     keep_freed_memory()
+    setting.prepare()
     return _ppo(work, setting) if stage == "PPO" else _steps(work, STAGES[stage](work, setting))
 
 

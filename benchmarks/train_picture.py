@@ -55,3 +55,21 @@ def _bars(panel: Axes, values: dict[tuple[str, str], float], systems: list[str],
 
 def _label(stage: str, part: str) -> str:
     return stage if part == "step" else f"{stage} {part}"
+
+
+def draw_curves(record: dict[str, Any], path: Path) -> None:
+    """Writes the PNG of the loss curves: one panel per stage, each run over the one below it."""
+    results = [each for each in record["results"] if "failed" not in each]
+    stages = list(dict.fromkeys(each["stage"] for each in results))
+    figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), squeeze=False)
+    for panel, stage in zip(panels[0], stages, strict=True):
+        here = [each for each in results if each["stage"] == stage]
+        for number, each in enumerate(here):
+            width, dash = 1 + 1.5 * (len(here) - 1 - number), (0, (6, number))
+            panel.plot(each["losses"], label=each["system"], linewidth=width, linestyle=dash)
+        panel.set(title=stage, xlabel="step", ylabel="loss")
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

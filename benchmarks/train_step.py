@@ -167,8 +167,8 @@ def report(record: dict[str, Any]) -> str:
             continue
         theirs = [_of(results, each["stage"], name) for name in train_trl.SETTINGS]
         for number, part in enumerate(each["parts"]):
-            speed = [other and other["parts"][number]["seconds"] / part["seconds"] for other in theirs]
-            memory = [other and each["peak_mb"] / other["peak_mb"] for other in theirs]
+            speed = [_seconds(other, number) / part["seconds"] if other else None for other in theirs]
+            memory = [each["peak_mb"] / other["peak_mb"] if other else None for other in theirs]
             low, high = part["spread"]
             stage = each["stage"] if part["part"] == "step" else f"{each['stage']} {part['part']}"
             lines.append(
@@ -185,6 +185,10 @@ def report(record: dict[str, Any]) -> str:
 def _of(results: list[dict[str, Any]], stage: str, system: str) -> dict[str, Any] | None:
     found = (each for each in results if (each["stage"], each["system"]) == (stage, system))
     return next((each for each in found if "failed" not in each), None)
+
+
+def _seconds(result: dict[str, Any], number: int) -> float:
+    return result["parts"][number]["seconds"]
 
 
 def _both(ratios: list[float | None]) -> str:

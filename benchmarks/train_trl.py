@@ -18,6 +18,7 @@ from machine import clock
 from train_ours import Took, begin, most
 from train_work import PAD, Work, demonstrations_of, pairs_of, prompts_of
 
+from minirlhf.data.records import Example
 from minirlhf.runs import keep_freed_memory
 
 
@@ -56,7 +57,7 @@ def measure(work: Work, stage: str, setting: Setting, ppo_folder: str | None) ->
 
 
 def _sft(work: Work, setting: Setting) -> Took:
-    rows = [_words(each.ids, work) for each in demonstrations_of(work)]
+    rows = [_words(each) for each in demonstrations_of(work)]
     trl = import_module("trl")
     config = trl.SFTConfig(**_arguments(work, setting, rows=2 * work.pairs))
     trainer = trl.SFTTrainer(str(work.policy), config, train_dataset=_table(rows), **_words_of(work))
@@ -167,15 +168,15 @@ def _arguments(work: Work, setting: Setting, *, rows: int) -> dict[str, Any]:
 
 def _pairs(work: Work) -> Any:
     return _table([
-        _words(pair.chosen.ids, work, "chosen") | _words(pair.rejected.ids, work, "rejected")
+        _words(pair.chosen, "chosen") | _words(pair.rejected, "rejected")
         for pair in pairs_of(work)
     ])  # fmt: skip
 
 
-def _words(ids: list[int], work: Work, name: str = "completion") -> dict[str, str]:
+def _words(row: Example, name: str = "completion") -> dict[str, str]:
     """As text that `_words_of` reads as these ids; the EOS, which TRL adds itself, is left out."""
-    words = [f" t{each}" for each in ids[:-1]]
-    return {"prompt": "".join(words[: work.prompt]), name: "".join(words[work.prompt :])}
+    words = [f" t{each}" for each in row.ids[:-1]]
+    return {"prompt": "".join(words[: row.prompt_length]), name: "".join(words[row.prompt_length :])}
 
 
 def _table(rows: list[dict[str, str]]) -> Any:

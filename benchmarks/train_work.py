@@ -28,6 +28,7 @@ class Work(NamedTuple):
     prompt, response: tokens of each, the response's last is the EOS.
     rollouts, asked, answered: PPO's episodes an iteration, tokens of their prompts and of their responses.
     rate: of learning, constant.
+    ragged: prompts and responses are of all lengths up to these.
     """
 
     policy: Path
@@ -42,6 +43,7 @@ class Work(NamedTuple):
     asked: int
     answered: int
     rate: float
+    ragged: bool = False
 
     @property
     def config(self) -> gpt2.GPT2Config:
@@ -63,15 +65,19 @@ def pairs_of(work: Work) -> list[PairExample]:
     """Those of all steps, in their order."""
     vocabulary, end = work.config.vocab_size, work.config.eos_token_id
     draw = torch.Generator().manual_seed(1)
-    mask = [False] * work.prompt + [True] * work.response
+
+    def length(most: int) -> int:
+        return int(torch.randint(2, most + 1, (), generator=draw)) if work.ragged else most
 
     def ids(count: int) -> list[int]:
         return torch.randint(vocabulary // 50, vocabulary - 1, (count,), generator=draw).tolist()
 
     def pair() -> PairExample:
-        prompt = ids(work.prompt)
-        sides = (prompt + ids(work.response - 1) + [end] for _ in range(2))
-        return PairExample(*(Example(side, mask, work.prompt) for side in sides))
+        prompt = ids(length(work.prompt))
+        return PairExample(*(side(prompt, ids(length(work.response) - 1) + [end]) for _ in range(2)))
+
+    def side(prompt: list[int], response: list[int]) -> Example:
+        return Example(prompt + response, [False] * len(prompt) + [True] * len(response), len(prompt))
 
     return [pair() for _ in range(work.pairs * work.steps)]
 
