@@ -10,6 +10,7 @@ the batch: no mean of means, however unequal the token counts are.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +63,11 @@ class NonFiniteError(ArithmeticError):
 
 def init_state(params: Params) -> TrainState:
     """A state that owns a copy of `params`: training never writes into the caller's tensors."""
+    zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
     return TrainState(
         params=pytree.tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), params),
-        exp_avg=pytree.tree_map(torch.zeros_like, params),
-        exp_avg_sq=pytree.tree_map(torch.zeros_like, params),
+        exp_avg=pytree.tree_map(zeros, params),
+        exp_avg_sq=pytree.tree_map(zeros, params),
         step=0,
     )
 
@@ -96,7 +98,7 @@ def adamw(
     steps = torch.full((len(params),), float(state.step), device=device if fused else "cpu").unbind()
     _torch_adamw(
         params,
-        pytree.tree_leaves(grads),
+        [grad.contiguous() for grad in pytree.tree_leaves(grads)],  # the fused kernel does not read strides
         pytree.tree_leaves(state.exp_avg),
         pytree.tree_leaves(state.exp_avg_sq),
         [],
