@@ -228,6 +228,35 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_named_by_its_path() -> Non
         )
 
 
+def test_parameters_that_were_not_finite_before_the_step_are_named_as_the_cause() -> None:
+    params = tree(0)
+    params["h"][0]["bias"][2] = math.nan
+    with pytest.raises(
+        NonFiniteError, match=r"not finite: parameters before the step: h\.0\.bias; loss = nan"
+    ):
+        step(init_state(params), [rows(1, 5)], torch.tensor(5.0), optimiser=adamw)
+    with pytest.raises(NonFiniteError, match="not finite: loss = nan; gradient"):
+        step(init_state(tree(0)), [rows(1, 5) * math.nan], torch.tensor(5.0), optimiser=adamw)
+
+
+@pytest.mark.parametrize("normaliser", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_normaliser_that_counts_nothing_is_refused_before_the_state_is_touched(
+    normaliser: float, dtype: torch.dtype
+) -> None:
+    state, said = init_state(tree(0)), f"step 1: normaliser must be positive and finite, got {normaliser:g} "
+    with pytest.raises(ValueError, match=said):
+        step(state, [rows(1, 5)], torch.tensor(normaliser, dtype=dtype), optimiser=adamw)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state.params), leaves(tree(0)), strict=True))
+
+
+def test_a_normaliser_may_be_a_count_of_tokens() -> None:
+    count = torch.ones(5, dtype=torch.bool).sum()
+    by_count, _ = step(init_state(tree(0)), [rows(1, 5)], count, optimiser=adamw)
+    by_number, _ = step(init_state(tree(0)), [rows(1, 5)], torch.tensor(5.0), optimiser=adamw)
+    assert torch.equal(by_count.params["w"]["weight"], by_number.params["w"]["weight"])
+
+
 def test_update_refuses_no_micro_batch_and_a_norm_that_is_no_bound() -> None:
     with pytest.raises(ValueError, match="expected at least one micro-batch, got none"):
         step(init_state(tree(0)), [], torch.tensor(1.0), optimiser=adamw)
