@@ -36,8 +36,10 @@ from mutation.suite import Test, with_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives",)
-# Of the kernels what callers see; `passes` runs below autograd, where most mutants of a gradient are none.
+# The kernels but for `cpu` and `memory`, whose work is done in C++ and by the system.
 PAGES = (
+    "minirlhf/kernels/fused.py",
+    "minirlhf/kernels/passes.py",
     "minirlhf/kernels/logprob.py",
     "minirlhf/rollout/draw.py",
 )

@@ -190,8 +190,9 @@ def test_a_score_that_is_no_finite_number_per_response_is_refused(score: Tensor,
     ("name", "poisoned"), [("policy", POLICY), ("reference", REFERENCE), ("critic", CRITIC)]
 )
 def test_a_model_whose_numbers_are_not_finite_is_named(name: str, poisoned: Any) -> None:
-    models = {"policy": POLICY, "reference": REFERENCE, "critic": CRITIC}
-    models[name] = {**poisoned, "ln_f": {**poisoned["ln_f"], "bias": poisoned["ln_f"]["bias"] * torch.nan}}
+    bad = {**poisoned, "ln_f": {**poisoned["ln_f"], "bias": poisoned["ln_f"]["bias"] * torch.nan}}
+    given = (bad if poisoned is each else each for each in (POLICY, REFERENCE, CRITIC))
+    policy, reference, critic = given
     rollout = rollout_of([[5, 1], [5, 7]], [1, 1], [LENGTH, LENGTH])
     numbers = {
         "temperature": 1.0,
@@ -201,7 +202,7 @@ def test_a_model_whose_numbers_are_not_finite_is_named(name: str, poisoned: Any)
         "lam": 1.0,
     }
     with pytest.raises(InputError, match=f"the {name} gives nan at row 0, position 1, not a finite number"):
-        collect(MODEL, *models.values(), rollout, torch.zeros(2), **numbers, micro_batch_size=2)
+        collect(MODEL, policy, reference, critic, rollout, torch.zeros(2), **numbers, micro_batch_size=2)
 
 
 def test_experience_carries_no_gradient_even_from_parameters_that_ask_for_one() -> None:
