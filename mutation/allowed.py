@@ -127,7 +127,7 @@ ALLOWED: tuple[Allowed, ...] = (
             "swapped operands",
             *(
                 (place, "wide_type(states, unembedding)", "wide_type(unembedding, states)")
-                for place in ("forward_pass", "backward_pass", "log_prob_plain", "fits", "_", "_whole")
+                for place in ("forward_pass", "backward_pass", "log_prob_plain", "fits")
             ),
         ),
     ),
@@ -145,7 +145,7 @@ ALLOWED: tuple[Allowed, ...] = (
             ("backward_pass", "= states.new_empty(0)", "= (-states.new_empty(0))"),
             ("_pieces", "room = rows.new_empty", "room = (-rows.new_empty"),
             ("_pieces", "= room[", "= (-room["),
-            ("_pieces", "room[:count * wide]", "room[-(count * wide):]"),
+            ("_pieces", "room[: count * wide]", "room[-(count * wide):]"),
         ),
     ),
     Allowed(

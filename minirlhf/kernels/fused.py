@@ -151,7 +151,7 @@ def _log_prob_gradient(
 
 
 @_log_prob.register_fake
-def _(
+def _log_prob_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -163,7 +163,7 @@ def _(
 
 
 @_log_prob_gradient.register_fake
-def _(
+def _log_prob_gradient_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
     kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
     want_unembedding: bool,
