@@ -36,8 +36,9 @@ from mutation.suite import Test, with_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives",)
-# Of the kernels the mathematics. Mutants of `fused` would register its operators again, and leave traces.
+# The kernels but for `cpu` and `memory`, whose work is done in C++ and by the system.
 PAGES = (
+    "minirlhf/kernels/fused.py",
     "minirlhf/kernels/passes.py",
     "minirlhf/kernels/logprob.py",
     "minirlhf/rollout/draw.py",
