@@ -36,9 +36,9 @@ from mutation.suite import Test, with_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives",)
-# The kernels but for `cpu` and `memory`, whose work is done in C++ and by the system.
+# Of the kernels the mathematics: a statement of `fused` that is run again would register its operators anew,
+# and the work of `cpu` and `memory` is done in C++ and by the system.
 PAGES = (
-    "minirlhf/kernels/fused.py",
     "minirlhf/kernels/passes.py",
     "minirlhf/kernels/logprob.py",
     "minirlhf/rollout/draw.py",
