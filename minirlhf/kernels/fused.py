@@ -132,26 +132,7 @@ def _one_after_the_other(
     return stacked, (0,) * len(stacked)
 
 
-@torch.library.custom_op("minirlhf::log_prob", mutates_args=())
-def _log_prob(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return passes.forward_pass(states, unembedding, ids, mask, temperature, entropy, keep)
-
-
-@torch.library.custom_op("minirlhf::log_prob_gradient", mutates_args=())
-def _log_prob_gradient(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
-    kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
-    want_unembedding: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    found = states, unembedding, ids, mask, entropies, lse, kept
-    return passes.backward_pass(*found, by_logp, by_entropy, temperature, want_states, want_unembedding)
-
-
-@_log_prob.register_fake
-def _(
+def _log_prob_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -162,8 +143,7 @@ def _(
     return logp, entropies, lse, best, states.new_empty((kept, len(unembedding)), dtype=wide)
 
 
-@_log_prob_gradient.register_fake
-def _(
+def _log_prob_gradient_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
     kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
     want_unembedding: bool,
@@ -172,3 +152,11 @@ def _(
         torch.empty_like(states) if want_states else states.new_empty(0),
         torch.empty_like(unembedding) if want_unembedding else states.new_empty(0),
     )
+
+
+_log_prob = torch.library.custom_op("minirlhf::log_prob", passes.forward_pass, mutates_args=())
+_log_prob.register_fake(_log_prob_shapes)
+_log_prob_gradient = torch.library.custom_op(
+    "minirlhf::log_prob_gradient", passes.backward_pass, mutates_args=()
+)
+_log_prob_gradient.register_fake(_log_prob_gradient_shapes)

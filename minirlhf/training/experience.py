@@ -110,13 +110,14 @@ def collect(
         micro_batch_size: rows per forward pass.
 
     Raises:
-        InputError: score has another shape than [N], or is not finite.
+        InputError: score has another shape than [N]; or a score, a log-prob or a value is not finite.
     """
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=temperature)
     old_logp = by_rows(partial(law, policy), rollout, micro_batch_size=micro_batch_size)
     ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=micro_batch_size)
     old_value = by_rows(partial(value_of, model, critic), rollout, micro_batch_size=micro_batch_size)
+    check_finite(policy=old_logp, reference=ref_logp, critic=old_value)
     penalised = penalised_score(score, rollout, missing_eos_penalty=missing_eos_penalty)
     reward = kl_shaped_reward(penalised, kl_k1(old_logp, ref_logp, mask), mask, beta=kl_coefficient)
     estimate = gae(reward, old_value, mask, gamma=gamma, lam=lam)
@@ -164,6 +165,24 @@ def by_rows(read: Callable[[Tensor, Tensor], Tensor], rollout: Rollout, *, micro
         part = read(rollout.tokens[rows, :longest], mask[rows, :longest])
         parts.append(F.pad(part, (0, width - longest)))
     return torch.cat(parts)
+
+
+def check_finite(**tables: Tensor) -> None:
+    """Refuses a model's [N, T] numbers, under its name, where one of them is NaN or infinite.
+
+    >>> check_finite(critic=torch.tensor([[0.0, torch.nan]]))
+    Traceback (most recent call last):
+        ...
+    minirlhf.runs.files.InputError: the critic gives nan at row 0, position 1, not a finite number
+    """
+    for name, table in tables.items():
+        wrong = ~table.isfinite()
+        if bool(wrong.any()):
+            row, position = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"the {name} gives {float(table[row, position])} at row {row}, position {position}, "
+                f"not a finite number"
+            )
 
 
 def penalised_score(score: Tensor, rollout: Rollout, *, missing_eos_penalty: float) -> Tensor:

@@ -22,7 +22,7 @@ from minirlhf.objectives.group_advantages import (
 )
 from minirlhf.objectives.masked import select, sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
-from minirlhf.training.experience import by_rows, logp_of, penalised_score
+from minirlhf.training.experience import by_rows, check_finite, logp_of, penalised_score
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.ppo_sampling import corrected, prompts_of, respond
 from minirlhf.training.rewards import Scorer
@@ -156,16 +156,21 @@ def collect(
         score: [N] one number per response, as the scorer gave it.
 
     Raises:
-        InputError: score has another shape than [N], or is not finite.
+        InputError: score has another shape than [N]; or a score or a log-prob is not finite.
+        ValueError: an advantage is not finite.
     """
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=config.temperature)
     old_logp = by_rows(partial(law, policy), rollout, micro_batch_size=config.micro_batch_size)
     ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=config.micro_batch_size)
+    check_finite(policy=old_logp, reference=ref_logp)
     penalised = penalised_score(score, rollout, missing_eos_penalty=config.missing_eos_penalty)
     ret = penalised - config.kl_coefficient * sequence_sum(kl_k1(old_logp, ref_logp, mask), mask)
     table = ret.view(-1, config.samples_per_prompt)  # [P, G]
     advantage = objective.advantages(table, torch.ones_like(table, dtype=torch.bool)).flatten()
+    if not bool(advantage.isfinite().all()):
+        row = int((~advantage.isfinite()).nonzero()[0])
+        raise ValueError(f"{objective.name} gives response {row} the advantage {float(advantage[row])}")
     return GroupExperience(
         tokens=rollout.tokens,
         mask=mask,

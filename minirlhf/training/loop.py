@@ -28,6 +28,8 @@ from minirlhf.training.update import (
     adamw,
     cosine_with_warmup,
     init_state,
+    listed,
+    non_finite,
     update,
 )
 
@@ -167,7 +169,7 @@ def train_loop(
         keep: gets each new best; whatever stops the run, what it saved last stays.
 
     Raises:
-        NonFiniteError: a loss, a gradient or the criterion was not finite.
+        NonFiniteError: a loss, a gradient, the validation loss or the criterion was not finite.
         InputError: the criterion is not among the evaluation's metrics.
     """
     total = total_steps(len(stage.lengths), config)
@@ -282,8 +284,11 @@ def _judge(
     name = config.metric_for_best_model
     if name not in metrics:
         raise InputError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {name!r}")
-    if not math.isfinite(metrics[name]):
-        raise NonFiniteError(step, f"{name} = {metrics[name]}")
+    for each in ("eval_loss", name):  # NaN rewards still have an accuracy
+        if not math.isfinite(metrics[each]):
+            bad = non_finite(params)
+            why = f"; parameters {listed(bad)}" if bad else ""
+            raise NonFiniteError(step, f"{each} = {metrics[each]}{why}")
     if log is not None:
         log(step, metrics)
     history = [*(best.history if best else []), {"step": float(step), **metrics}]

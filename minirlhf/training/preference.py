@@ -18,6 +18,7 @@ from minirlhf.data.rows import Rows
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import sequence_sum
+from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
 from minirlhf.training.guards import GuardError, tolerance_for
 from minirlhf.training.loop import (
@@ -140,7 +141,7 @@ def train(
         keep: see `loop.Keep`.
 
     Raises:
-        InputError: a set is empty, or a pair is unusable.
+        InputError: a set is empty, a pair is unusable, or a log-prob of the reference is not finite.
         GuardError: policy and reference differ at the start (see `PreferenceConfig.start_at_reference`).
         NonFiniteError: a loss or gradient was not finite.
     """
@@ -249,7 +250,18 @@ def check_start(
 def with_reference(
     model: LanguageModel, ref_params: Params, pairs: PairRows, *, micro_batch_size: int
 ) -> PairRows:
-    """The pairs with what `loss` reads of the reference, its log-probs."""
+    """The pairs with what `loss` reads of the reference, its log-probs.
+
+    Raises:
+        InputError: one of them is not finite.
+    """
     logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size)
+    if not bool(logps.isfinite().all()):
+        row, count = int((~logps.isfinite()).nonzero()[0]), len(logps) // 2
+        side = "rejected" if row >= count else "chosen"
+        raise InputError(
+            f"pair {row % count}: the reference gives its {side} response the log-prob {float(logps[row])}, "
+            f"not a finite number"
+        )
     ref_chosen, ref_rejected = logps.chunk(2)
     return pairs._replace(extra={"ref_chosen": ref_chosen, "ref_rejected": ref_rejected})

@@ -80,7 +80,7 @@ def train(
         keep: see `loop.Keep`.
 
     Raises:
-        InputError: a set is empty, a pair is unusable, or the margins are not one per pair.
+        InputError: a set is empty, a pair is unusable, or the margins are not one finite number per pair.
         NonFiniteError: a loss or gradient was not finite.
     """
     device, size = device_of(params), config.micro_batch_size
@@ -89,6 +89,9 @@ def train(
     if margins is not None:
         if margins.shape != (len(train_pairs),):
             raise InputError(f"expected {len(train_pairs)} margins, got shape {list(margins.shape)}")
+        if not bool(margins.isfinite().all()):
+            pair = int((~margins.isfinite()).nonzero()[0])
+            raise InputError(f"the margin of pair {pair} is {float(margins[pair])}, not a finite number")
         pairs = pairs._replace(extra={"margin": margins.cpu()})
     stage = Stage(
         name="reward",
@@ -165,11 +168,14 @@ def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) ->
     The variance divides by N. With rollouts of SFT, a score of 1 is one standard deviation above its mean.
 
     Raises:
-        InputError: fewer than two rollouts, or all with the same reward.
+        InputError: fewer than two rollouts, all with the same reward, or a reward that is not finite.
     """
     mask = torch.zeros_like(rollouts.tokens, dtype=torch.bool)  # rewards read no mask
     rows = Sequences(rollouts.tokens, mask, rollouts.prompt_lengths, rollouts.lengths)
     raw = scores(model, params, rows).double()
+    if not bool(raw.isfinite().all()):
+        row = int((~raw.isfinite()).nonzero()[0])
+        raise InputError(f"the reward model gives rollout {row} the reward {float(raw[row])}")
     shift, scale = float(raw.mean()), float(raw.std(correction=0)) if len(raw) > 1 else 0.0
     if not scale > 0:
         raise InputError(

@@ -10,6 +10,7 @@ the batch: no mean of means, however unequal the token counts are.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +63,11 @@ class NonFiniteError(ArithmeticError):
 
 def init_state(params: Params) -> TrainState:
     """A state that owns a copy of `params`: training never writes into the caller's tensors."""
+    zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
     return TrainState(
         params=pytree.tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), params),
-        exp_avg=pytree.tree_map(torch.zeros_like, params),
-        exp_avg_sq=pytree.tree_map(torch.zeros_like, params),
+        exp_avg=pytree.tree_map(zeros, params),
+        exp_avg_sq=pytree.tree_map(zeros, params),
         step=0,
     )
 
@@ -96,7 +98,7 @@ def adamw(
     steps = torch.full((len(params),), float(state.step), device=device if fused else "cpu").unbind()
     _torch_adamw(
         params,
-        pytree.tree_leaves(grads),
+        [grad.contiguous() for grad in pytree.tree_leaves(grads)],  # the fused kernel does not read strides
         pytree.tree_leaves(state.exp_avg),
         pytree.tree_leaves(state.exp_avg_sq),
         [],
@@ -156,7 +158,7 @@ def update(
     Args:
         state: is used up; read only the state that comes back.
         micro_batches: parts of the batch, of any sizes, each as `loss` takes it.
-        normaliser: [] what the sum over the whole batch is divided by (passed on to `loss`).
+        normaliser: [] what the sum over the whole batch is divided by (passed on to `loss`); positive.
         loss: see `Loss`.
         optimiser: `adamw`, with its keywords bound, or any `Optimiser`.
         learning_rate: of this step.
@@ -166,6 +168,8 @@ def update(
         The next state, and "loss", "grad_norm" (before clipping) and the summed aux, as tensors.
 
     Raises:
+        ValueError: there is no micro-batch, nothing in the batch counts (its normaliser is not positive), or
+            max_grad_norm is not positive.
         NonFiniteError: the loss or the gradient is NaN or infinite; the state was not touched.
     """
     if not max_grad_norm > 0:
@@ -174,9 +178,15 @@ def update(
     leaves, layout = pytree.tree_flatten(grads)
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=_at_least_fp32(g.dtype)) for g in leaves])
     norm = torch.linalg.vector_norm(norms)
-    loss_now, norm_now = torch.stack([value.detach().to(norm.dtype), norm]).tolist()  # a step's only read
+    read = [each.detach().to(norm) for each in (value, norm, normaliser)]
+    loss_now, norm_now, counted = torch.stack(read).tolist()  # a step's only read
+    if not 0 < counted < math.inf:  # also refuses NaN
+        raise ValueError(
+            f"step {state.step + 1}: normaliser must be positive and finite, got {counted:g} "
+            f"(0: nothing in the batch counts)"
+        )
     if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
-        raise NonFiniteError(state.step + 1, _blame(loss_now, norms, grads))
+        raise NonFiniteError(state.step + 1, _blame(loss_now, norms, grads, state.params))
     if norm_now > max_grad_norm:
         # Not in place: a gradient may share storage with another, or be an expanded view.
         grads = pytree.tree_unflatten([g * (max_grad_norm / norm_now) for g in leaves], layout)
@@ -230,15 +240,31 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _blame(loss: float, norms: Tensor, grads: Params) -> str:
-    """Names what was not finite: the loss, or the parameters by path."""
+def non_finite(params: Params) -> list[str]:
+    """The paths of the leaves that hold NaN or infinity."""
+    leaves = pytree.tree_flatten_with_path(params)[0]
+    return [_dotted(path) for path, leaf in leaves if not bool(leaf.isfinite().all())]
+
+
+def _blame(loss: float, norms: Tensor, grads: Params, params: Params) -> str:
+    """Names what was not finite: parameters, then the cause lies before this step; the loss; gradients."""
     found = [] if math.isfinite(loss) else [f"loss = {loss}"]
     paths = [_dotted(path) for path, _ in pytree.tree_flatten_with_path(grads)[0]]
     bad = [path for path, norm in zip(paths, norms.tolist(), strict=True) if not math.isfinite(norm)]
     if bad:
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        found.append(f"gradient of {shown}")
+        found.append(f"gradient of {listed(bad)}")
+    if before := non_finite(params):
+        found.insert(0, f"parameters before the step: {listed(before)}")
     return "; ".join(found) or "the global norm of the gradient"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five, and how many more.
+
+    >>> listed(["a", "b"]), listed("abcdefg")
+    ('a, b', 'a, b, c, d, e and 2 more')
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -186,6 +186,25 @@ def test_a_score_that_is_no_finite_number_per_response_is_refused(score: Tensor,
         collected(rollout_of([[5, 1], [5, 7]], [1, 1], [LENGTH, LENGTH]), score)
 
 
+@pytest.mark.parametrize(
+    ("name", "poisoned"), [("policy", POLICY), ("reference", REFERENCE), ("critic", CRITIC)]
+)
+def test_a_model_whose_numbers_are_not_finite_is_named(name: str, poisoned: Any) -> None:
+    bad = {**poisoned, "ln_f": {**poisoned["ln_f"], "bias": poisoned["ln_f"]["bias"] * torch.nan}}
+    given = (bad if poisoned is each else each for each in (POLICY, REFERENCE, CRITIC))
+    policy, reference, critic = given
+    rollout = rollout_of([[5, 1], [5, 7]], [1, 1], [LENGTH, LENGTH])
+    numbers = {
+        "temperature": 1.0,
+        "kl_coefficient": 0.1,
+        "missing_eos_penalty": 0.0,
+        "gamma": 1.0,
+        "lam": 1.0,
+    }
+    with pytest.raises(InputError, match=f"the {name} gives nan at row 0, position 1, not a finite number"):
+        collect(MODEL, policy, reference, critic, rollout, torch.zeros(2), **numbers, micro_batch_size=2)
+
+
 def test_experience_carries_no_gradient_even_from_parameters_that_ask_for_one() -> None:
     policy = {**POLICY, "wte": {"weight": POLICY["wte"]["weight"].clone().requires_grad_()}}
     critic = {**CRITIC, "score": {"weight": CRITIC["score"]["weight"].clone().requires_grad_()}}

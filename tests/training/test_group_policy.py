@@ -208,6 +208,15 @@ def test_scores_that_are_not_finite_or_too_few_stop_the_iteration() -> None:
         sampled(task=TASK._replace(scorer=lambda rollout, index: torch.zeros(3)))
 
 
+def test_a_reference_and_advantages_that_are_not_finite_stop_the_iteration() -> None:
+    poisoned = {**REFERENCE, "ln_f": {**REFERENCE["ln_f"], "bias": REFERENCE["ln_f"]["bias"] * torch.nan}}
+    with pytest.raises(InputError, match="the reference gives nan at row 0"):
+        sampled(task=TASK._replace(reference=poisoned))
+    undefined = GroupObjective("z-score", lambda table, scored: (table - table) / (table - table))
+    with pytest.raises(ValueError, match="z-score gives response 0 the advantage nan"):
+        sampled(objective=undefined)
+
+
 # The loss and its reduction.
 
 

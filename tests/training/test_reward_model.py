@@ -159,6 +159,16 @@ def test_unusable_pairs_and_margins_are_refused() -> None:
         run(pairs=[PairExample(same, same)])
     with pytest.raises(InputError, match=r"expected 5 margins, got shape \[4\]"):
         run(margins=torch.zeros(4))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(InputError, match=f"the margin of pair 3 is {wrong}, not a finite number"):
+            run(margins=torch.tensor([0.0, 1.0, 0.5, wrong, wrong]))
+
+
+def test_rollouts_with_a_reward_that_is_not_finite_are_no_scale() -> None:
+    params = tiny.fresh_reward()
+    params["score"]["weight"] = params["score"]["weight"] * math.nan
+    with pytest.raises(InputError, match="the reward model gives rollout 0 the reward nan"):
+        normalise_reward(MODEL, params, rollouts())
 
 
 @pytest.mark.parametrize("change", [{"label_smoothing": 0.2}, {"center_rewards_coefficient": 0.1}], ids=str)
