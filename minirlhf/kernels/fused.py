@@ -66,11 +66,13 @@ class _LogProb(torch.autograd.Function):
         states, unembedding, ids, mask, ctx.temperature, *_ = inputs
         _, entropies, lse, best, kept = output
         ctx.mark_non_differentiable(lse, best, kept)
+        ctx.set_materialize_grads(False)  # zeros for the kept logits would be as large as these
         ctx.save_for_backward(states, unembedding, ids, mask, entropies, lse, kept)
 
     @staticmethod
-    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        by_logp, by_entropy = by_outputs[:2]
+    def backward(ctx: Any, *by_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        lse = ctx.saved_tensors[5]
+        by_logp, by_entropy = (torch.zeros_like(lse) if each is None else each for each in by_outputs[:2])
         wanted = ctx.needs_input_grad[:2]
         by_states, by_unembedding = _Gradient.apply(
             *ctx.saved_tensors, by_logp, by_entropy, ctx.temperature, *wanted
