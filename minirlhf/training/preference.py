@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.data.records import PairExample
+from minirlhf.data.records import PairExample, Sequences
 from minirlhf.data.rows import Rows
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
@@ -208,10 +208,17 @@ def sequence_logp(model: LanguageModel, params: Params, batch: PackedRows) -> Te
     return sequence_sum(token_logp(states, model.unembedding(params), tokens, mask), mask)
 
 
-def reference_logps(model: LanguageModel, ref_params: Params, rows: Rows, *, micro_batch_size: int) -> Tensor:
-    """log π_ref(y|x) [2N] of the rows of N pairs, on the CPU, without a gradient."""
+def reference_logps(
+    model: LanguageModel,
+    ref_params: Params,
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int,
+    sides: int = 1,
+) -> Tensor:
+    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient; sides as in `pairs.per_row`."""
     logp, device = partial(sequence_logp, model, ref_params), device_of(ref_params)
-    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device, sides=2)
+    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device, sides=sides)
 
 
 def check_start(
@@ -252,6 +259,6 @@ def with_reference(
     model: LanguageModel, ref_params: Params, pairs: PairRows, *, micro_batch_size: int
 ) -> PairRows:
     """The pairs with what `loss` reads of the reference, its log-probs."""
-    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size)
+    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size, sides=2)
     ref_chosen, ref_rejected = logps.chunk(2)
     return pairs._replace(extra={"ref_chosen": ref_chosen, "ref_rejected": ref_rejected})
