@@ -86,5 +86,5 @@ def _counts(rows: Rows, packing: Packing | None) -> Tensor:
     read, positions = rows.lengths.sum(), rows.tokens.numel()
     if packing is None:
         return torch.stack([torch.full_like(read, positions), positions - read, read, 0 * read])
-    computed = len(packing.first)
+    computed = len(packing.tokens)
     return torch.stack([torch.full_like(read, computed), 0 * read, read, read - computed])
