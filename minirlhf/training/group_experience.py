@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.models.packing import Packing
 from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.group_advantages import (
     group_centred_advantage,
@@ -59,6 +60,7 @@ class GroupExperience(NamedTuple):
     score: [N] the reward of the response, less the missing-EOS penalty.
     ret: [N] R: the score less β times the response's log ratio to the reference.
     advantage: [N, T] A of the response on each of its tokens.
+    packing: how these rows are computed, once they are a micro-batch; None: as padded rows.
     """
 
     tokens: Tensor
@@ -70,6 +72,7 @@ class GroupExperience(NamedTuple):
     score: Tensor
     ret: Tensor
     advantage: Tensor
+    packing: Packing | None = None
 
 
 class GroupSampled(NamedTuple):

@@ -121,6 +121,7 @@ class Stage(NamedTuple):
     validation: the whole validation set, cut; its losses and metrics add up like those of a batch.
     metrics: the summed aux of a batch -> scalar tensors under their names.
     shown: names of the metrics on the progress display.
+    layout: the micro-batches of a step -> metrics of how they were laid out (see `packed`).
     """
 
     name: str
@@ -130,6 +131,7 @@ class Stage(NamedTuple):
     validation: Step
     metrics: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     shown: tuple[str, ...]
+    layout: Callable[[Sequence[Any]], dict[str, Tensor]] = lambda micro_batches: {}
 
 
 class StageResult(NamedTuple):
@@ -184,7 +186,8 @@ def train_loop(
     best, stale = judge(None, state.params, 0), 0
     with progress(stage.name, total) as advance:
         for index in islice(_orders(stage.lengths, config, generator=generator), total):
-            micro_batches, normaliser, read = stage.cut(index)
+            cut, normaliser, read = stage.cut(index)
+            micro_batches = list(cut)
             learning_rate = rate(state.step)
             state, sums = update(
                 state,
@@ -195,7 +198,7 @@ def train_loop(
                 learning_rate=learning_rate,
                 max_grad_norm=config.max_grad_norm,
             )
-            window.append(_named(sums, stage))
+            window.append(_named(sums, stage) | stage.layout(micro_batches))
             tokens += read
             last = state.step == total
             shown = None

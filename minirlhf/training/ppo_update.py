@@ -13,12 +13,14 @@ from torch import Tensor
 
 from minirlhf.kernels.logprob import token_logp_and_entropy
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import hidden
 from minirlhf.objectives.divergence import kl_k2, kl_k3
 from minirlhf.objectives.masked import scaled_sum
 from minirlhf.objectives.policy import clip_indicator, clipped_surrogate_loss, log_ratio, ratio
 from minirlhf.objectives.value import clipped_value_loss, value_loss
 from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
+from minirlhf.training.packed import account, together
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.update import Loss, TrainState, adamw, update
 
@@ -75,7 +77,7 @@ def surrogate(
         tolerance: as in `policy_loss`.
     """
     mean = partial(scaled_sum, mask=rows.mask, constant=tokens)
-    states = aligned(model.hidden(params, rows.tokens))
+    states = aligned(hidden(model, params, rows.tokens, rows.packing))
     logp, entropy = token_logp_and_entropy(
         states, model.unembedding(params), rows.tokens, rows.mask, temperature=config.temperature
     )
@@ -101,7 +103,7 @@ def critic_loss(model: LanguageModel, config: PPOConfig) -> Loss:
     """(params, rows, token count) -> coefficient · ½ (V - R)², clipped around the old value, token mean."""
 
     def loss(params: Params, rows: Experience, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value = value_of(model, params, rows.tokens, rows.mask)
+        value = value_of(model, params, rows.tokens, rows.mask, rows.packing)
         plain = value_loss(value, rows.ret, rows.mask)
         if config.value_clip is None:
             element = plain
@@ -168,8 +170,8 @@ def critic_step(
 def minibatch_step(
     state: TrainState, minibatch: Minibatch, loss: Loss, config: OnPolicyConfig, learning_rate: float
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """One optimiser step on one minibatch; metrics are token means over all of it."""
-    return update(
+    """One optimiser step on one minibatch; metrics are token means over all of it, and its layout's."""
+    state, metrics = update(
         state,
         minibatch.micro_batches,
         minibatch.tokens,
@@ -178,18 +180,25 @@ def minibatch_step(
         learning_rate=learning_rate,
         max_grad_norm=config.max_grad_norm,
     )
+    return state, metrics | account((rows, rows.packing) for rows in minibatch.micro_batches)
 
 
 def minibatches(
     experience: Rows, config: OnPolicyConfig, *, generator: torch.Generator
 ) -> Iterator[Minibatch[Rows]]:
-    """Each epoch's rows in a fresh random order, every row exactly once per epoch."""
+    """Each epoch's rows in a fresh random order, every row exactly once per epoch.
+
+    Within a minibatch the rows' order changes nothing, so that samples of one prompt go side by side, and
+    beyond that rows of like length.
+    """
     rows_in_all = len(experience.tokens)
     if rows_in_all % config.minibatches:
         raise ValueError(f"{config.minibatches} minibatches must divide the {rows_in_all} rows of experience")
     for _ in range(config.epochs):
         order = torch.randperm(rows_in_all, generator=generator).to(experience.tokens.device)
-        for rows in order.split(rows_in_all // config.minibatches):
+        for drawn in order.split(rows_in_all // config.minibatches):
+            fields = experience.tokens, experience.prompt_lengths, experience.lengths
+            rows = drawn[together(*(field[drawn] for field in fields))]
             parts = [take_rows(experience, part) for part in rows.split(config.micro_batch_size)]
             yield Minibatch(parts, experience.mask[rows].sum())
 

@@ -17,6 +17,7 @@ from minirlhf.data.records import PairExample, Sequences
 from minirlhf.data.rows import Rows
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import hidden
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
@@ -31,6 +32,7 @@ from minirlhf.training.loop import (
     measure,
     train_loop,
 )
+from minirlhf.training.packed import PackedRows, layout_metrics
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
     DPOConfig,
@@ -157,6 +159,7 @@ def train(
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "rewards/accuracies", "rewards/margins"),
+        layout=layout_metrics,
     )
     if config.start_at_reference:
         first = stage.cut(torch.arange(min(len(train_pairs), config.batch_size)))
@@ -176,7 +179,7 @@ def loss(
         model: the family and its config.
         objective: see `PairObjective`.
     """
-    chosen, rejected = sequence_logp(model, params, batch.rows).chunk(2)
+    chosen, rejected = sequence_logp(model, params, PackedRows(batch.rows, batch.packing)).chunk(2)
     chosen_length, rejected_length = batch.rows.mask.sum(1).chunk(2)
     ref_chosen, ref_rejected = batch.extra["ref_chosen"], batch.extra["ref_rejected"]
     logps = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length)
@@ -199,18 +202,24 @@ def metrics(values: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def sequence_logp(model: LanguageModel, params: Params, rows: Sequences) -> Tensor:
+def sequence_logp(model: LanguageModel, params: Params, batch: PackedRows) -> Tensor:
     """log π(y|x) [B] in nats, summed over the tokens under the mask."""
-    states = aligned(model.hidden(params, rows.tokens))
-    return sequence_sum(token_logp(states, model.unembedding(params), rows.tokens, rows.mask), rows.mask)
+    tokens, mask = batch.rows.tokens, batch.rows.mask
+    states = aligned(hidden(model, params, tokens, batch.packing))
+    return sequence_sum(token_logp(states, model.unembedding(params), tokens, mask), mask)
 
 
 def reference_logps(
-    model: LanguageModel, ref_params: Params, rows: Rows | Sequences, *, micro_batch_size: int
+    model: LanguageModel,
+    ref_params: Params,
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int,
+    sides: int = 1,
 ) -> Tensor:
-    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient."""
-    logp = partial(sequence_logp, model, ref_params)
-    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device_of(ref_params))
+    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient; sides as in `pairs.per_row`."""
+    logp, device = partial(sequence_logp, model, ref_params), device_of(ref_params)
+    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device, sides=sides)
 
 
 def check_start(
@@ -255,7 +264,7 @@ def with_reference(
     Raises:
         InputError: one of them is not finite.
     """
-    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size)
+    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size, sides=2)
     if not bool(logps.isfinite().all()):
         row, count = int((~logps.isfinite()).nonzero()[0]), len(logps) // 2
         side = "rejected" if row >= count else "chosen"

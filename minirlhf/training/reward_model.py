@@ -33,6 +33,7 @@ from minirlhf.training.loop import (
     TrainConfig,
     train_loop,
 )
+from minirlhf.training.packed import PackedRows, layout_metrics
 from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, per_row, table
 from minirlhf.training.rewards import raw_score
 
@@ -106,6 +107,7 @@ def train(
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "accuracy", "margin"),
+        layout=layout_metrics,
     )
     return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
 
@@ -129,7 +131,8 @@ def loss(
         label_smoothing: see `RewardConfig`.
         center_rewards_coefficient: see `RewardConfig`.
     """
-    chosen, rejected = raw_score(model, params, batch.rows.tokens, batch.rows.lengths).chunk(2)
+    rewards = raw_score(model, params, batch.rows.tokens, batch.rows.lengths, batch.packing)
+    chosen, rejected = rewards.chunk(2)
     losses = bradley_terry_loss(
         chosen, rejected, margin=batch.extra.get("margin"), label_smoothing=label_smoothing
     )
@@ -152,14 +155,20 @@ def metrics(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scores(
-    model: LanguageModel, params: Params, rows: Rows | Sequences, *, micro_batch_size: int = 64
+    model: LanguageModel,
+    params: Params,
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int = 64,
+    sides: int = 1,
 ) -> Tensor:
-    """Raw rewards [B] of rows, on the CPU, without a gradient."""
+    """Raw rewards [B] of rows, on the CPU, without a gradient; sides as in `pairs.per_row`."""
 
-    def score(part: Sequences) -> Tensor:
-        return raw_score(model, params, part.tokens, part.lengths)
+    def score(part: PackedRows) -> Tensor:
+        return raw_score(model, params, part.rows.tokens, part.rows.lengths, part.packing)
 
-    return per_row(score, rows, micro_batch_size=micro_batch_size, device=device_of(params))
+    size, device = micro_batch_size, device_of(params)
+    return per_row(score, rows, micro_batch_size=size, device=device, sides=sides)
 
 
 def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) -> Normalisation:
@@ -187,7 +196,7 @@ def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) ->
 def accuracy(model: LanguageModel, params: Params, pairs: Sequence[PairExample]) -> float:
     """Share of the pairs whose chosen response has the higher reward; equal rewards count as wrong."""
     rows = pair_rows(pairs, name="preference", model=model).rows
-    chosen, rejected = scores(model, params, rows).chunk(2)
+    chosen, rejected = scores(model, params, rows, sides=2).chunk(2)
     return float((chosen > rejected).float().mean())
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from minirlhf.data.records import RewardFn
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params, scalar
+from minirlhf.models.packing import Packing, hidden, pack
 from minirlhf.rollout.sampler import Rollout, responses
+from minirlhf.training.packed import together
 
 Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
@@ -45,21 +47,24 @@ def reward_model_scorer(
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
         del prompt_index  # the prompt is in the ids
-        raw = [
-            raw_score(model, params, tokens[:, : int(lengths.max())], lengths)
-            for tokens, lengths in zip(
-                rollout.tokens.split(micro_batch_size), rollout.lengths.split(micro_batch_size), strict=True
-            )
-        ]
-        return (torch.cat(raw) - normalisation.shift) / normalisation.scale
+        order, raw = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths), []
+        for rows in order.split(micro_batch_size):
+            lengths = rollout.lengths[rows]
+            tokens = rollout.tokens[rows, : int(lengths.max())]
+            raw.append(raw_score(model, params, tokens, lengths, pack(tokens, lengths)))
+        in_order = torch.cat(raw)
+        scores = torch.empty_like(in_order).index_copy_(0, order, in_order)
+        return (scores - normalisation.shift) / normalisation.scale
 
     return torch.no_grad()(score)
 
 
-def raw_score(model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
+def raw_score(
+    model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor, packing: Packing | None = None
+) -> Tensor:
     """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
     row = torch.arange(len(tokens), device=tokens.device)
-    return scalar(params, model.hidden(params, tokens)[row, lengths - 1])
+    return scalar(params, hidden(model, params, tokens, packing)[row, lengths - 1])
 
 
 def text_scorer(

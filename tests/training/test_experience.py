@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import scalar
+from minirlhf.models.packing import Packing
 from minirlhf.rollout.sampler import EOS as AT_EOS
 from minirlhf.rollout.sampler import LENGTH, STOP, Rollout, response_mask
 from minirlhf.runs import InputError
@@ -170,6 +171,8 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     for one, other in zip(
         collected(rollout, score)[1:], collected(rubbish, score, micro_batch_size=1)[1:], strict=True
     ):
+        if one is other is None:  # the packing, which only micro-batches have
+            continue
         assert torch.allclose(one.float(), other.float(), atol=1e-5)
 
 
@@ -223,7 +226,7 @@ def test_experience_carries_no_gradient_even_from_parameters_that_ask_for_one() 
         lam=1.0,
         micro_batch_size=2,
     )
-    assert not any(field.requires_grad for field in e)
+    assert not any(field.requires_grad for field in e if field is not None)
 
 
 def test_rows_are_taken_from_every_field_alike_and_trimmed_to_their_longest(
@@ -235,6 +238,8 @@ def test_rows_are_taken_from_every_field_alike_and_trimmed_to_their_longest(
     width = int(e.lengths[index].max())
     assert width < e.tokens.shape[1]
     for name, field, whole in zip(Experience._fields, part, e, strict=True):
+        if name == "packing":
+            continue
         expected = whole[index][:, :width] if whole.ndim == 2 else whole[index]
         assert torch.equal(field, expected), name
 
@@ -242,12 +247,16 @@ def test_rows_are_taken_from_every_field_alike_and_trimmed_to_their_longest(
 def test_forward_passes_do_not_depend_on_how_the_rows_are_cut(made: ppo_sampling.Sampled) -> None:
     rollout = made.rollout
 
-    def logp(tokens: Tensor, mask: Tensor) -> Tensor:
-        return logp_of(MODEL, POLICY, tokens, mask, temperature=0.7)
+    packed = []
 
-    whole = logp(rollout.tokens, response_mask(rollout))
+    def logp(tokens: Tensor, mask: Tensor, packing: Packing | None) -> Tensor:
+        packed.append(packing is not None)
+        return logp_of(MODEL, POLICY, tokens, mask, packing, temperature=0.7)
+
+    whole = logp(rollout.tokens, response_mask(rollout), None)
     for size in (1, 5, 12, 100):
         assert torch.allclose(by_rows(logp, rollout, micro_batch_size=size), whole, atol=1e-5)
+    assert set(packed) == {True, False}  # a row alone has nothing to save
 
 
 def test_prompts_come_in_passes_and_each_episode_has_its_own_number(

@@ -9,7 +9,7 @@ import torch
 
 from minirlhf.data.records import PairExample, collate
 from minirlhf.runs import InputError
-from minirlhf.training import preference
+from minirlhf.training import packed, preference
 from minirlhf.training.guards import GuardError
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
@@ -158,7 +158,7 @@ def test_metrics_are_trls_formulas_over_pairs(name: str) -> None:
         "num_tokens": float(sum(len(side.ids) for pair in PAIRS for side in pair)),
         "learning_rate": 1e-3,
     }
-    assert first.keys() == expected.keys() | {"grad_norm"}
+    assert first.keys() == expected.keys() | {"grad_norm", *packed.METRICS}
     for key, value in expected.items():
         assert first[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert 0 < first["rewards/accuracies"] < 1

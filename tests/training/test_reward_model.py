@@ -11,6 +11,7 @@ from minirlhf.data.records import PairExample, collate, join
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
+from minirlhf.training import packed
 from minirlhf.training.reward_model import (
     RewardConfig,
     accuracy,
@@ -74,7 +75,7 @@ def test_metrics_are_trls_formulas_over_both_sides() -> None:
         "num_tokens": float(sum(len(side.ids) for pair in PAIRS for side in pair)),
         "learning_rate": CONFIG.learning_rate,
     }
-    assert first.keys() == expected.keys() | {"grad_norm"}
+    assert first.keys() == expected.keys() | {"grad_norm", *packed.METRICS}
     for name, value in expected.items():
         assert first[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert logged[0].keys() == {f"eval_{n}" for n in expected.keys() - {"num_tokens", "learning_rate"}}
