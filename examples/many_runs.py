@@ -1,6 +1,6 @@
 """Many small runs at once: DPO at every β with every seed, each a GPT-2, all in one step by `torch.vmap`.
 
-    python examples/many_runs.py                              64 runs, about a minute on two cores
+    python examples/many_runs.py                              64 runs, half a minute on two cores
     python examples/many_runs.py --betas 0.3 1 3 --seeds 24 --steps 300
 
 The step of one small model leaves a machine idle: it is hundreds of tiny operations. So the parameters and
