@@ -10,18 +10,15 @@ pass of the blocks. The same numbers are computed twice, so the gradient is the 
 `torch.utils.checkpoint` does this for autograd by hooks on saved tensors, which torch.func refuses.
 """
 
-import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from minirlhf.models.interface import LanguageModel, Params
-
-Rebuild = Callable[[list[Tensor]], Any]
+from minirlhf.models.opened import opened
 
 
 def recomputing(model: LanguageModel) -> LanguageModel:
@@ -36,19 +33,19 @@ def recomputed(block: Callable[..., Tensor], params: Params, x: Tensor, *context
     """`interface.RunBlock`: block(params, x, *context), of which only the inputs are kept for the backward.
 
     Args:
-        block: a pure function. params, x, context: whatever trees; their tensors are found in dicts, lists,
-            tuples, in what a function or a `partial` has closed over, and in the attributes of objects that
-            stand for a tensor (an adapter, a packed weight). Gradients reach all of them.
+        block: a pure function; nothing that it reads may be written to before the backward pass.
+        params, x, context: trees whose tensors `opened` finds; gradients reach all of them, and what `block`
+            itself is closed over.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # a sampler's attention writes to its cache: it runs once
         return block(params, x, *context)
-    tensors, rebuild = opened((block, params, x, context))
+    found = opened((block, params, x, context))
 
     def work(*tensors: Tensor) -> Tensor:
-        block, params, x, context = rebuild(list(tensors))
+        block, params, x, context = found.rebuild(tensors)
         return block(params, x, *context)
 
-    return _Recomputed.apply(work, *tensors)
+    return _Recomputed.apply(work, *found.tensors)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -79,7 +76,7 @@ class _Gradient(torch.autograd.Function):
     def forward(
         work: Callable[..., Tensor], wanted: tuple[bool, ...], by_output: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        return _pulled_back(work, wanted, by_output, *tensors)  # under no_grad: nothing of it is kept
+        return _pulled_back(work, wanted, by_output, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -88,7 +85,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *by_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Second derivatives: of the pull-back, by autograd's own rules."""
+        """Second derivatives: of the pull-back, by torch's own rules."""
         pull = partial(_pulled_back, ctx.work, ctx.wanted)
         floating = tuple(each.is_floating_point() for each in ctx.saved_tensors)
         found = iter(_pulled_back(pull, floating, by_gradients, *ctx.saved_tensors))
@@ -106,59 +103,5 @@ def _pulled_back(
 
     chosen = (each for each, want in zip(tensors, wanted, strict=True) if want)
     _, pull = torch.func.vjp(of_wanted, *chosen)
-    again = torch.is_grad_enabled()
+    again = torch.is_grad_enabled()  # for a further derivative; in a custom function's forward it is not
     return pull(cotangents, retain_graph=again, create_graph=again)
-
-
-def opened(tree: Any) -> tuple[list[Tensor], Rebuild]:
-    """The tensors of a tree, and how the same tree is made of others; see `recomputed` for what is a tree."""
-    leaves, layout = pytree.tree_flatten(tree)
-    parts = [_opened_leaf(leaf) for leaf in leaves]
-
-    def rebuild(tensors: list[Tensor]) -> Any:
-        made, start = [], 0
-        for own, make in parts:
-            made.append(make(tensors[start : start + len(own)]))
-            start += len(own)
-        return pytree.tree_unflatten(made, layout)
-
-    return [tensor for own, _ in parts for tensor in own], rebuild
-
-
-def _opened_leaf(leaf: Any) -> tuple[list[Tensor], Rebuild]:
-    if isinstance(leaf, Tensor):
-        return [leaf], lambda tensors: tensors[0]
-    if isinstance(leaf, partial):
-        tensors, rebuild = opened((leaf.func, leaf.args, leaf.keywords))
-        make = _partial_again
-    elif isinstance(leaf, types.FunctionType) and leaf.__closure__:
-        tensors, rebuild = opened([cell.cell_contents for cell in leaf.__closure__])
-        make = partial(_function_again, leaf)
-    elif hasattr(type(leaf), "__torch_function__"):  # it stands for a tensor
-        tensors, rebuild = opened(vars(leaf))
-        make = partial(_object_again, leaf)
-    else:
-        tensors, rebuild, make = [], None, None
-    if not tensors or rebuild is None or make is None:
-        return [], lambda _: leaf
-    return tensors, lambda tensors: make(rebuild(tensors))
-
-
-def _partial_again(parts: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Any:
-    function, args, keywords = parts
-    return partial(function, *args, **keywords)
-
-
-def _function_again(function: types.FunctionType, contents: list[Any]) -> Any:
-    cells = tuple(types.CellType(each) for each in contents)
-    again = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-    )
-    again.__kwdefaults__ = function.__kwdefaults__
-    return again
-
-
-def _object_again(stand_in: Any, attributes: dict[str, Any]) -> Any:
-    again = object.__new__(type(stand_in))
-    vars(again).update(attributes)
-    return again
