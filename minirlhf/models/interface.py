@@ -57,9 +57,7 @@ class RunBlock(Protocol):
         context: what else the block reads.
     """
 
-    def __call__(
-        self, block: Callable[..., Tensor], params: Params, x: Tensor, *context: Any
-    ) -> Tensor: ...
+    def __call__(self, block: Callable[..., Tensor], params: Params, x: Tensor, *context: Any) -> Tensor: ...
 
 
 def directly(block: Callable[..., Tensor], params: Params, x: Tensor, *context: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Activation recomputation under torch.func: a block keeps only its inputs, and runs again in the backward pass.
+"""Activation recomputation under torch.func: a block keeps its inputs alone, and runs again going backward.
 
     forward   y = block(θ, x)                            keeps θ and x, none of what lies between
     backward  (∂y/∂θ)ᵀ g, (∂y/∂x)ᵀ g                     by torch.func.vjp of block at θ, x
@@ -61,9 +61,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[1:])
-        found = iter(_Gradient.apply(ctx.work, wanted, by_output, *ctx.saved_tensors))
+        found = iter(_Gradient.apply(ctx.work, wanted, *by_outputs, *ctx.saved_tensors))
         return None, *(next(found) if want else None for want in wanted)
 
 
@@ -102,6 +102,6 @@ def _pulled_back(
         return work(*(next(following) if want else each for each, want in zip(tensors, wanted, strict=True)))
 
     chosen = (each for each, want in zip(tensors, wanted, strict=True) if want)
-    _, pull = torch.func.vjp(of_wanted, *chosen)
+    _, pull, *_ = torch.func.vjp(of_wanted, *chosen)
     again = torch.is_grad_enabled()  # for a further derivative; in a custom function's forward it is not
     return pull(cotangents, retain_graph=again, create_graph=again)

@@ -1,14 +1,10 @@
-"""The gradient of a step as one compiled graph: what it is given, when it pays, and what it says about itself.
+"""The gradient of a training step as one compiled graph.
 
 `Compiler` is a `update.Differentiate`: loss -> (params, micro_batch, normaliser) -> (gradient, (value, aux)),
 by `torch.compile` of the whole of it, forward and backward pass, with torch.func inside. The compiler traces
 operations on tensors; it never reads the Python of a loss. So all tensors are arguments, found by
 `models.opened`, and all else (the form) is part of the graph: another form is another graph. The sizes of a
 micro-batch are symbols, so that one graph serves all of them; a size of 1 has its own.
-
-Measured on a 2-core CPU (fp32, torch 2.13), micro-batches of ragged rows, seconds:
-
-TABLE
 """
 
 import itertools
@@ -16,7 +12,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,74 +23,9 @@ from minirlhf.models.interface import Params
 from minirlhf.models.opened import Opened, opened
 from minirlhf.runs import InputError
 from minirlhf.training.progress import note
-from minirlhf.training.update import Differentiate, Differentiated, Loss, differentiated
-
-Compile = Literal["auto", "on", "off"]
-"""Whether the gradient of a training step is compiled."""
+from minirlhf.training.update import Differentiated, Loss, differentiated
 
 Aux = dict[str, Tensor]
-
-
-class Work(NamedTuple):
-    """What there is to do in a stage, for the estimate whether compiling pays.
-
-    entries: of all parameters. leaves: tensors that hold them. tokens: read by all gradients of the stage,
-    padding not counted. passes: micro-batches.
-    """
-
-    entries: int
-    leaves: int
-    tokens: int
-    passes: int
-
-
-def work_of(params: Params, *, tokens: int, passes: int) -> Work:
-    """The work of training these parameters."""
-    leaves = pytree.tree_leaves(params)
-    return Work(sum(leaf.numel() for leaf in leaves), len(leaves), tokens, passes)
-
-
-def differentiate_by(
-    mode: Compile, work: Work, device: torch.device, *, name: str, tell: Callable[[str], None] = note
-) -> Differentiate:
-    """How a stage computes its gradients, and a line that says so unless the mode is off.
-
-    Args:
-        mode: on: compiled; off: not; auto: where the estimate says that it saves more than it costs.
-        work: of the whole stage.
-        device: that it trains on.
-        name: of the stage.
-        tell: gets what there is to say.
-    """
-    if mode == "off":
-        return differentiated
-    saves, costs = estimate(work, device)
-    sums = f"would save about {saves:,.0f} s and cost about {costs:,.0f} s"
-    if mode == "auto" and saves <= costs:
-        tell(f"{name}: steps are not compiled: that {sums}")
-        return differentiated
-    tell(f"{name}: steps are compiled ({sums.replace('would ', 'should ')})" if mode == "auto" else f"{name}: steps are compiled")
-    return Compiler(name=name, needed=mode == "on", tell=tell)
-
-
-class Price(NamedTuple):
-    """Seconds: saved per parameter entry and token, and per leaf and pass; cost of a graph, and per leaf."""
-
-    per_entry_token: float
-    per_leaf_pass: float
-    graph: float
-    per_leaf: float
-
-
-_PRICES = {"cpu": Price(3.5e-12, 1e-4, 10.0, 0.3)}
-_GRAPHS = 2  # that a stage usually needs: the usual micro-batches, and the last one of an epoch
-
-
-def estimate(work: Work, device: torch.device) -> tuple[float, float]:
-    """(Seconds that compiling saves over the stage, seconds that it costs) on a machine like the measured."""
-    price = _PRICES.get(device.type, _PRICES["cpu"])
-    saves = price.per_entry_token * work.entries * work.tokens + price.per_leaf_pass * work.leaves * work.passes
-    return saves, _GRAPHS * (price.graph + price.per_leaf * work.leaves)
 
 
 class Compiler:
@@ -116,7 +47,8 @@ class Compiler:
         """
         Args:
             name: of the stage, in what it says.
-            needed: whether a compiler that fails is an error; otherwise that is said, and steps go on without.
+            needed: whether a compiler that fails at once is an error; otherwise it is said, and steps go on
+                without it.
             tell: gets a line after every compilation.
             backend: as `torch.compile` knows it.
         """
@@ -140,7 +72,9 @@ class Compiler:
         try:
             result = self._compiled(loss, params, batch, normaliser)
         except TorchDynamoException as error:
-            result = differentiated(loss)(params, batch, normaliser)  # what is wrong with the loss is said here
+            result = differentiated(loss)(
+                params, batch, normaliser
+            )  # what is wrong with the loss is said here
             self._give_up(error)
         if self.graphs > before:
             spent = time.perf_counter() - start
@@ -152,7 +86,9 @@ class Compiler:
         self, loss: Loss, params: Params, batch: Any, normaliser: Tensor
     ) -> tuple[Params, tuple[Tensor, Aux]]:
         fixed, moving = opened((loss, params, normaliser)), opened(_carried(batch))
-        for tensor in moving.tensors:
+        # A place in another tensor would be a size, too.
+        sized = [each.clone() if each.storage_offset() else each for each in moving.tensors]
+        for tensor in sized:
             for axis, size in enumerate(tensor.shape):
                 if size > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -160,7 +96,7 @@ class Compiler:
         if form not in self._steps:
             self._steps[form] = _step(fixed, moving, partial(_counting, self, self._backend))
         step = self._steps[form]
-        return pytree.tree_unflatten(step.run(*fixed.tensors, *moving.tensors), step.layout[0])
+        return pytree.tree_unflatten(list(step.run(*fixed.tensors, *sized)), step.layout[0])
 
     def _give_up(self, error: Exception) -> None:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -227,6 +163,6 @@ def _step(fixed: Opened, moving: Opened, backend: Callable[..., Any]) -> _Step:
 
 
 def _counting(compiler: Compiler, name: str, graph: Any, inputs: Sequence[Any]) -> Any:
-    result = torch._dynamo.lookup_backend(name)(graph, inputs)
+    result = torch._dynamo.lookup_backend(name)(graph, list(inputs))
     compiler.graphs += 1
     return result

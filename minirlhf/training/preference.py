@@ -19,6 +19,7 @@ from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.training.device import device_of
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.guards import GuardError, tolerance_for
 from minirlhf.training.loop import (
     Evaluate,
@@ -150,7 +151,7 @@ def train(
     held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
     stage = Stage(
         name=objective.name,
-        loss=partial(loss, model=model, objective=objective),
+        loss=partial(loss, model=model_of_loss(model, config), objective=objective),
         lengths=pair_lengths(pairs),
         cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
         validation=cut_all(held_out, micro_batch_size=size, device=device),

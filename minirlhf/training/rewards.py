@@ -58,7 +58,7 @@ def reward_model_scorer(
 
 def raw_score(model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
     """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
-    row = torch.arange(len(tokens), device=tokens.device)
+    row = torch.arange(tokens.shape[0], device=tokens.device)  # not len(): see kernels.passes.fits
     return scalar(params, model.hidden(params, tokens)[row, lengths - 1])
 
 

@@ -130,9 +130,9 @@ def differentiated(loss: Loss) -> Differentiated:
     def gradient_and_value(
         params: Params, batch: Any, normaliser: Tensor
     ) -> tuple[Params, tuple[Tensor, dict[str, Tensor]]]:
-        value, pull, aux = torch.func.vjp(lambda each: loss(each, batch, normaliser), params, has_aux=True)
+        value, pull, *aux = torch.func.vjp(lambda each: loss(each, batch, normaliser), params, has_aux=True)
         (grads,) = pull(torch.ones_like(value), retain_graph=False, create_graph=False)
-        return grads, (value, aux)
+        return grads, (value, aux[0])
 
     return gradient_and_value
 
