@@ -5,7 +5,8 @@
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174), one segment per block:
 memory for the activations of one block and for the stream between blocks, in exchange for a second forward
-pass of the blocks. The same numbers are computed twice, so the gradient is the same.
+pass of the blocks. The same numbers are computed twice, so the gradient is the same up to the order of
+its sums.
 
 `torch.utils.checkpoint` does this for autograd by hooks on saved tensors, which torch.func refuses.
 """

@@ -163,6 +163,10 @@ def _step(fixed: Opened, moving: Opened, backend: Callable[..., Any]) -> _Step:
 
 
 def _counting(compiler: Compiler, name: str, graph: Any, inputs: Sequence[Any]) -> Any:
-    result = torch._dynamo.lookup_backend(name)(graph, list(inputs))
+    result = _backend(name)(graph, list(inputs))
     compiler.graphs += 1
     return result
+
+
+def _backend(name: str) -> Callable[[Any, list[Any]], Any]:
+    return torch._dynamo.lookup_backend(name)
