@@ -139,10 +139,10 @@ def _log_prob_shapes(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_type(states, unembedding)
-    kept = len(states) if keep else 0
-    logp, entropies, lse = (states.new_empty(len(states), dtype=wide) for _ in range(3))
-    best = states.new_empty(len(states), dtype=torch.bool)
-    return logp, entropies, lse, best, states.new_empty((kept, len(unembedding)), dtype=wide)
+    count, vocabulary = states.shape[0], unembedding.shape[0]  # not len(): see passes.fits
+    logp, entropies, lse = (states.new_empty(count, dtype=wide) for _ in range(3))
+    best = states.new_empty(count, dtype=torch.bool)
+    return logp, entropies, lse, best, states.new_empty((count if keep else 0, vocabulary), dtype=wide)
 
 
 def _log_prob_gradient_shapes(

@@ -99,7 +99,8 @@ def log_prob_plain(
 
 def fits(states: Tensor, unembedding: Tensor) -> bool:
     """Whether the logits of all positions take no more than `KEPT` bytes."""
-    return len(states) * len(unembedding) * wide_type(states, unembedding).itemsize <= KEPT
+    # Not len(): in a compiled step the number of positions is a symbol, which len() would fix.
+    return states.shape[0] * unembedding.shape[0] * wide_type(states, unembedding).itemsize <= KEPT
 
 
 def wide_type(states: Tensor, unembedding: Tensor) -> torch.dtype:

@@ -41,6 +41,7 @@ from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
 from minirlhf.training.ppo import Task, best_so_far, check_prompts
 from minirlhf.training.ppo_metrics import learning_metrics
 from minirlhf.training.ppo_sampling import seeded
+from minirlhf.training.ppo_update import gradients_of
 from minirlhf.training.rewards import Scorer
 from minirlhf.training.update import TrainState, init_state
 
@@ -107,7 +108,13 @@ def iteration(
     )
     order = seeded(seed, "minibatches", state.episode)
     policy, history = optimise(
-        task.model, state.policy, sampled.experience, config, rate=rate, generator=order
+        task.model,
+        state.policy,
+        sampled.experience,
+        config,
+        rate=rate,
+        generator=order,
+        differentiate=task.differentiate,
     )
     beta, samples = config.kl_coefficient, config.samples_per_prompt
     of_rollout = sampled_metrics(sampled, samples=samples, kl_coefficient=beta, eos_id=task.stop_ids[0])
@@ -158,7 +165,8 @@ def train(
     """
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
-    task, state = Task(model, reference, scorer, prompts, stops), begin(policy)
+    differentiate = gradients_of(policy, prompts, config, rows=config.batch_size, name="group")
+    task, state = Task(model, reference, scorer, prompts, stops, differentiate), begin(policy)
     judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
     best, metrics = judge(None, state.policy.params, 0)
     if log is not None and metrics:

@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from minirlhf.data.batches import epoch_order
 from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
+from minirlhf.training.device import device_of
+from minirlhf.training.gradients import ComputeConfig, differentiate_by, work_of
 from minirlhf.training.progress import progress
 from minirlhf.training.update import (
     Loss,
@@ -45,7 +47,7 @@ Keep = Callable[[Params, Metrics], None]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ComputeConfig):
     """What every stage but PPO is told. The names are Hugging Face's where they mean the same."""
 
     learning_rate: float = 2e-5
@@ -82,6 +84,7 @@ class TrainConfig:
     """Optimiser steps over which logged metrics are averaged."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole = ("epochs", "batch_size", "micro_batch_size", "length_window", "evaluate_every", "log_every")
         for name in (*whole, "max_steps", "patience"):
             value = getattr(self, name)
@@ -183,6 +186,16 @@ def train_loop(
     )
     judge = partial(_judge, stage=stage, config=config, evaluate=evaluate, log=log, keep=keep)
     state, window, tokens = init_state(params), [], 0
+    work = {
+        "tokens": int(total * config.batch_size * stage.lengths.float().mean()),
+        "passes": total * math.ceil(config.batch_size / config.micro_batch_size),
+    }
+    differentiate = differentiate_by(
+        config.compile,
+        work_of(params, **work),
+        device_of(params),
+        name=stage.name,
+    )
     best, stale = judge(None, state.params, 0), 0
     with progress(stage.name, total) as advance:
         for index in islice(_orders(stage.lengths, config, generator=generator), total):
@@ -197,6 +210,7 @@ def train_loop(
                 optimiser=optimiser,
                 learning_rate=learning_rate,
                 max_grad_norm=config.max_grad_norm,
+                differentiate=differentiate,
             )
             window.append(_named(sums, stage) | stage.layout(micro_batches))
             tokens += read

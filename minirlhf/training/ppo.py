@@ -28,9 +28,9 @@ from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
 from minirlhf.training.ppo_sampling import sample, seeded
-from minirlhf.training.ppo_update import Learners, critic_step, minibatches, optimise
+from minirlhf.training.ppo_update import Learners, critic_step, gradients_of, minibatches, optimise
 from minirlhf.training.rewards import Scorer
-from minirlhf.training.update import NonFiniteError, init_state
+from minirlhf.training.update import Differentiate, NonFiniteError, differentiated, init_state
 
 
 class PPOState(NamedTuple):
@@ -64,6 +64,7 @@ class Task(NamedTuple):
     scorer: (rollout, prompt_index) -> score [N].
     prompts: token ids of all prompts.
     stop_ids: tokens that end a response; the first is EOS.
+    differentiate: how gradients are computed, see `update.Differentiate`.
     """
 
     model: LanguageModel
@@ -71,6 +72,7 @@ class Task(NamedTuple):
     scorer: Scorer
     prompts: Sequence[Sequence[int]]
     stop_ids: Sequence[int]
+    differentiate: Differentiate = differentiated
 
 
 def begin(policy: Params, critic: Params, config: PPOConfig) -> PPOState:
@@ -101,6 +103,7 @@ def iteration(task: Task, state: PPOState, config: PPOConfig, *, seed: int, rate
         config,
         rate=rate,
         generator=seeded(seed, "minibatches", state.episode),
+        differentiate=task.differentiate,
     )
     metrics = _sampled_metrics(task, state, sampled) | learning_metrics(history)
     after = PPOState(
@@ -159,7 +162,8 @@ def train(
     """
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
-    task = Task(model, reference, scorer, prompts, stops)
+    differentiate = gradients_of(policy, prompts, config, rows=2 * config.batch_size, name="ppo")
+    task = Task(model, reference, scorer, prompts, stops, differentiate)
     state = begin(policy, critic, config)
     judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
     best, metrics = judge(None, state.learners.policy.params, 0)
@@ -193,7 +197,9 @@ def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int
     critic, history = state.learners.critic, []
     order = seeded(seed, "minibatches", state.episode)
     for minibatch in minibatches(sampled.experience, unclipped, generator=order):
-        critic, step_metrics = critic_step(task.model, critic, minibatch, unclipped, rate=1.0)
+        critic, step_metrics = critic_step(
+            task.model, critic, minibatch, unclipped, rate=1.0, differentiate=task.differentiate
+        )
         history.append(step_metrics)
     after = state._replace(
         learners=state.learners._replace(critic=critic), episode=state.episode + config.batch_size

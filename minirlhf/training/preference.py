@@ -21,6 +21,7 @@ from minirlhf.models.packing import hidden
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.guards import GuardError, tolerance_for
 from minirlhf.training.loop import (
     Evaluate,
@@ -153,7 +154,7 @@ def train(
     held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
     stage = Stage(
         name=objective.name,
-        loss=partial(loss, model=model, objective=objective),
+        loss=partial(loss, model=model_of_loss(model, config), objective=objective),
         lengths=pair_lengths(pairs),
         cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
         validation=cut_all(held_out, micro_batch_size=size, device=device),

@@ -24,6 +24,7 @@ from minirlhf.objectives.ranking import bradley_terry_loss
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.loop import (
     Evaluate,
     Keep,
@@ -98,7 +99,7 @@ def train(
         name="reward",
         loss=partial(
             loss,
-            model=model,
+            model=model_of_loss(model, config),
             label_smoothing=config.label_smoothing,
             center_rewards_coefficient=config.center_rewards_coefficient,
         ),

@@ -24,6 +24,7 @@ from minirlhf.objectives.masked import token_sum
 from minirlhf.objectives.supervised import token_loss
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of, move
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.loop import (
     Evaluate,
     Keep,
@@ -85,7 +86,7 @@ def train(
     held_out = _rows(validation_examples, "validation", model)
     stage = Stage(
         name=name,
-        loss=partial(loss, model=model),
+        loss=partial(loss, model=model_of_loss(model, config)),
         lengths=rows.lengths,
         cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),
         validation=held(

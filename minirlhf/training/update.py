@@ -23,6 +23,12 @@ from minirlhf.models.interface import Params
 Loss = Callable[[Params, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(params, micro_batch, normaliser of the whole batch) -> (its share of the loss, of each metric)."""
 
+Differentiated = Callable[[Params, Any, Tensor], tuple[Params, tuple[Tensor, dict[str, Tensor]]]]
+"""(params, micro_batch, normaliser) -> (gradient, (value, aux)) of a loss."""
+
+Differentiate = Callable[[Loss], Differentiated]
+"""How the gradient of a loss is computed: `differentiated`, or `compiling.Compiler`."""
+
 # Devices with a fused AdamW kernel in torch >= 2.11; on any other the multi-tensor ("foreach") path runs.
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -116,8 +122,30 @@ def adamw(
     return state._replace(step=state.step + 1)
 
 
+def differentiated(loss: Loss) -> Differentiated:
+    """torch.func's gradient of a loss, operation by operation.
+
+    As torch.func.grad_and_value, which however records its backward pass for a second derivative: a step of
+    GPT-2 124M on 768 tokens then peaks at 2.7 GB instead of 1.9.
+    """
+
+    def gradient_and_value(
+        params: Params, batch: Any, normaliser: Tensor
+    ) -> tuple[Params, tuple[Tensor, dict[str, Tensor]]]:
+        value, pull, *aux = torch.func.vjp(lambda each: loss(each, batch, normaliser), params, has_aux=True)
+        (grads,) = pull(torch.ones_like(value), retain_graph=False, create_graph=False)
+        return grads, (value, aux[0])
+
+    return gradient_and_value
+
+
 def gradient(
-    params: Params, micro_batches: Sequence[Any], normaliser: Tensor, *, loss: Loss
+    params: Params,
+    micro_batches: Sequence[Any],
+    normaliser: Tensor,
+    *,
+    loss: Loss,
+    differentiate: Differentiate = differentiated,
 ) -> tuple[Params, Tensor, dict[str, Tensor]]:
     """Gradient, loss and metrics of the whole batch: the sum over its micro-batches.
 
@@ -126,7 +154,7 @@ def gradient(
     """
     if not micro_batches:
         raise ValueError("expected at least one micro-batch, got none")
-    one = torch.func.grad_and_value(loss, has_aux=True)
+    one = differentiate(loss)
     grads, (value, aux) = one(params, micro_batches[0], normaliser)
     if len(micro_batches) == 1:
         return grads, value, aux
@@ -152,6 +180,7 @@ def update(
     optimiser: Optimiser,
     learning_rate: float,
     max_grad_norm: float,
+    differentiate: Differentiate = differentiated,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on one batch, given as micro-batches.
 
@@ -163,6 +192,7 @@ def update(
         optimiser: `adamw`, with its keywords bound, or any `Optimiser`.
         learning_rate: of this step.
         max_grad_norm: the gradient is scaled down to this global L2 norm where it exceeds it; inf: never.
+        differentiate: see `Differentiate`.
 
     Returns:
         The next state, and "loss", "grad_norm" (before clipping) and the summed aux, as tensors.
@@ -174,7 +204,9 @@ def update(
     """
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive (inf: no clipping), got {max_grad_norm}")
-    grads, value, aux = gradient(state.params, micro_batches, normaliser, loss=loss)
+    grads, value, aux = gradient(
+        state.params, micro_batches, normaliser, loss=loss, differentiate=differentiate
+    )
     leaves, layout = pytree.tree_flatten(grads)
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=_at_least_fp32(g.dtype)) for g in leaves])
     norm = torch.linalg.vector_norm(norms)
@@ -188,8 +220,10 @@ def update(
     if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
         raise NonFiniteError(state.step + 1, _blame(loss_now, norms, grads, state.params))
     if norm_now > max_grad_norm:
-        # Not in place: a gradient may share storage with another, or be an expanded view.
-        grads = pytree.tree_unflatten([g * (max_grad_norm / norm_now) for g in leaves], layout)
+        leaves = _owned(leaves)
+        for leaf in leaves:
+            leaf *= max_grad_norm / norm_now
+        grads = pytree.tree_unflatten(leaves, layout)
     state = optimiser(state, grads, learning_rate)
     return state, {"loss": value.detach(), "grad_norm": norm, **aux}
 
