@@ -22,6 +22,7 @@ from minirlhf.data.batches import epoch_order
 from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
 from minirlhf.training.progress import progress
+from minirlhf.training.trained import FULL, TrainedConfig, Whole
 from minirlhf.training.update import (
     Loss,
     NonFiniteError,
@@ -43,7 +44,7 @@ Keep = Callable[[Params, Metrics], None]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TrainedConfig):
     """What every stage but PPO is told. The names are Hugging Face's where they mean the same."""
 
     learning_rate: float = 2e-5
@@ -80,6 +81,7 @@ class TrainConfig:
     """Optimiser steps over which logged metrics are averaged."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole = ("epochs", "batch_size", "micro_batch_size", "length_window", "evaluate_every", "log_every")
         for name in (*whole, "max_steps", "patience"):
             value = getattr(self, name)
@@ -133,7 +135,8 @@ class Stage(NamedTuple):
 class StageResult(NamedTuple):
     """What a stage ends with.
 
-    params: the best parameters by the stage's criterion, their own copy.
+    params: the best parameters by the stage's criterion, a copy of what was trained of them; adapted weights
+        are `models.adapters.Adapted`, which `merged` ends.
     best_step: optimiser steps after which they stood.
     metrics: their evaluation.
     history: every evaluation, in order, each with its "step".
@@ -151,6 +154,7 @@ def train_loop(
     config: TrainConfig,
     *,
     generator: torch.Generator,
+    whole: Whole = FULL,
     evaluate: Evaluate | None = None,
     log: Log | None = None,
     keep: Keep | None = None,
@@ -158,10 +162,11 @@ def train_loop(
     """Trains a copy of `params` and returns the best of the evaluated checkpoints, the start among them.
 
     Args:
-        params: on the device to train on; not written to.
+        params: what is trained, on the device to train on; not written to.
         stage: see `Stage`.
         config: see `TrainConfig`.
         generator: order of the data; advanced.
+        whole: from what is trained to the model's parameters, which everything else here takes.
         evaluate: adds to the metrics of each evaluation.
         log: gets the metrics of the last `log_every` steps (means over them), and each evaluation.
         keep: gets each new best; whatever stops the run, what it saved last stays.
@@ -177,7 +182,8 @@ def train_loop(
     optimiser = partial(
         adamw, betas=(0.9, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
-    judge = partial(_judge, stage=stage, config=config, evaluate=evaluate, log=log, keep=keep)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    judge = partial(_judge, stage=stage, config=config, whole=whole, **hooks)
     state, window, tokens = init_state(params), [], 0
     best, stale = judge(None, state.params, 0), 0
     with progress(stage.name, total) as advance:
@@ -192,6 +198,7 @@ def train_loop(
                 optimiser=optimiser,
                 learning_rate=learning_rate,
                 max_grad_norm=config.max_grad_norm,
+                whole=whole,
             )
             window.append(_named(sums, stage))
             tokens += read
@@ -271,14 +278,15 @@ def _judge(
     *,
     stage: Stage,
     config: TrainConfig,
+    whole: Whole,
     evaluate: Evaluate | None,
     log: Log | None,
     keep: Keep | None,
 ) -> StageResult:
     """Evaluates `params`; the result is `best`, or a copy of `params` where they are better."""
-    measured = _named(measure(params, stage.validation, loss=stage.loss), stage)
+    measured = _named(measure(whole.computing(params), stage.validation, loss=stage.loss), stage)
     metrics = {f"eval_{name}": value for name, value in _means([measured]).items()}
-    metrics |= {} if evaluate is None else evaluate(params)
+    metrics |= {} if evaluate is None else evaluate(whole.kept(params))
     name = config.metric_for_best_model
     if name not in metrics:
         raise InputError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {name!r}")
@@ -290,7 +298,7 @@ def _judge(
     sign = -1.0 if name.endswith("loss") else 1.0
     if best is not None and not sign * metrics[name] > sign * best.metrics[name]:
         return best._replace(history=history)
-    copy = pytree.tree_map(torch.clone, params)
+    copy = whole.kept(pytree.tree_map(torch.clone, params))  # of what is trained alone
     if keep is not None:
         keep(copy, metrics)
     return StageResult(copy, step, metrics, history)

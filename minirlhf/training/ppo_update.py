@@ -20,6 +20,7 @@ from minirlhf.objectives.value import clipped_value_loss, value_loss
 from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
+from minirlhf.training.trained import FULL, Whole
 from minirlhf.training.update import Loss, TrainState, adamw, update
 
 
@@ -122,6 +123,8 @@ def optimise(
     *,
     rate: float,
     generator: torch.Generator,
+    policy_whole: Whole = FULL,
+    critic_whole: Whole = FULL,
 ) -> tuple[Learners, list[dict[str, float]], bool]:
     """Epochs of minibatches of policy and critic steps.
 
@@ -131,6 +134,7 @@ def optimise(
     Args:
         rate: factor of both learning rates in this iteration.
         generator: CPU generator of the minibatch order; advanced by one permutation per epoch.
+        policy_whole, critic_whole: from what is trained to the models' parameters.
 
     Returns:
         The learners, the metrics of each minibatch, and whether the target KL stopped the iteration.
@@ -139,16 +143,18 @@ def optimise(
         GuardError: the first minibatch is off-policy.
         NonFiniteError: a loss or a gradient is not finite.
     """
-    tolerance = tolerance_for(learners.policy.params)
+    tolerance = tolerance_for(policy_whole.cast(learners.policy.params))
     loss = policy_loss(model, config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
         policy, policy_metrics = minibatch_step(
-            learners.policy, minibatch, loss, config, rate * config.learning_rate
+            learners.policy, minibatch, loss, config, rate * config.learning_rate, policy_whole
         )
         if not history:
             check_first_minibatch(policy_metrics, tolerance=tolerance)
-        critic, critic_metrics = critic_step(model, learners.critic, minibatch, config, rate=rate)
+        critic, critic_metrics = critic_step(
+            model, learners.critic, minibatch, config, rate=rate, whole=critic_whole
+        )
         learners = Learners(policy, critic)
         history.append(named(policy_metrics, "policy") | critic_metrics)
         if config.target_kl is not None and history[-1]["policy/approxkl_k3_avg"] > config.target_kl:
@@ -157,16 +163,28 @@ def optimise(
 
 
 def critic_step(
-    model: LanguageModel, critic: TrainState, minibatch: Minibatch, config: PPOConfig, *, rate: float
+    model: LanguageModel,
+    critic: TrainState,
+    minibatch: Minibatch,
+    config: PPOConfig,
+    *,
+    rate: float,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, float]]:
     """One Adam step on the value loss."""
     learning_rate = rate * config.critic_learning_rate
-    critic, metrics = minibatch_step(critic, minibatch, critic_loss(model, config), config, learning_rate)
+    loss = critic_loss(model, config)
+    critic, metrics = minibatch_step(critic, minibatch, loss, config, learning_rate, whole)
     return critic, named(metrics, "value")
 
 
 def minibatch_step(
-    state: TrainState, minibatch: Minibatch, loss: Loss, config: OnPolicyConfig, learning_rate: float
+    state: TrainState,
+    minibatch: Minibatch,
+    loss: Loss,
+    config: OnPolicyConfig,
+    learning_rate: float,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on one minibatch; metrics are token means over all of it."""
     return update(
@@ -177,6 +195,7 @@ def minibatch_step(
         optimiser=partial(adamw, eps=config.adam_epsilon),
         learning_rate=learning_rate,
         max_grad_norm=config.max_grad_norm,
+        whole=whole,
     )
 
 

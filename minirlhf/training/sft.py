@@ -35,6 +35,7 @@ from minirlhf.training.loop import (
     longest_first,
     train_loop,
 )
+from minirlhf.training.trained import trained
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def train(
         metrics=dict,
         shown=("loss", "mean_token_accuracy"),
     )
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+    start = trained(model, params, config, generator=generator)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(
