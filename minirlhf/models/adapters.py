@@ -3,8 +3,8 @@
     y = x W + b + (α/r) (x Aᵀ) Bᵀ        A [r, in] random, B [out, r] = 0: at first nothing changes
 
 Hu et al. 2021, "LoRA" (arXiv:2106.09685), section 4.1. The adapters are parameters of their own, nested like
-the model's; `joined` puts them beside the weights of a base, as a pure function of both. In training W + ΔW is
-never formed (that would cost the full-size copies and gradients that adapters save): an adapted weight is a
+the model's; `joined` puts them beside the weights of a base, as a pure function of both. W + ΔW is never
+formed in training (that would cost the full-size copies and gradients that adapters save): an adapted weight is a
 stand-in that computes its product in two parts. There is no dropout before A: log-probs are compared.
 """
 
