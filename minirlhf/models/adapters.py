@@ -4,8 +4,8 @@
 
 Hu et al. 2021, "LoRA" (arXiv:2106.09685), section 4.1. The adapters are parameters of their own, nested like
 the model's; `joined` puts them beside the weights of a base, as a pure function of both. W + ΔW is never
-formed in training (that would cost the full-size copies and gradients that adapters save): an adapted weight is a
-stand-in that computes its product in two parts. There is no dropout before A: log-probs are compared.
+formed in training (that would cost the full-size copies and gradients that adapters save): an adapted weight
+is a stand-in that computes its product in two parts. There is no dropout before A: log-probs are compared.
 """
 
 import re

@@ -256,7 +256,9 @@ def run_ppo(**changes: Any) -> tuple[Any, list[dict[str, float]]]:
 @pytest.mark.parametrize("adapters", [{}, ADAPTERS | {"adapter_rank": 4}])
 def test_ppo_keeps_its_guards_and_learns(precision: str, adapters: dict[str, Any]) -> None:
     before = snapshot(ppo_setting.POLICY), snapshot(ppo_setting.CRITIC)
-    result, logged = run_ppo(precision=precision, **adapters)
+    # Attention over pages and over whole rows round apart in bf16: a few hundredths of a nat in sharp laws.
+    rate = {"learning_rate": 5e-3, "critic_learning_rate": 5e-3} if adapters else {}
+    result, logged = run_ppo(precision=precision, **rate, **adapters)
     score = [each["validation/score"] for each in result.history]
     assert max(score) > score[0] + 0.1
     assert result.best_step > 0
@@ -267,15 +269,13 @@ def test_ppo_keeps_its_guards_and_learns(precision: str, adapters: dict[str, Any
 
 
 def test_old_log_probs_of_another_precision_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sampling half with the fp32 masters, the learning half in bf16: the model differs by more."""
-    big = tree_map(lambda x: 2.5 * x, ppo_setting.POLICY)  # sharper laws: rounding shows in log-probs
-    monkeypatch.setattr(ppo_setting, "POLICY", big)
+    """The sampling half reads weights that were rounded otherwise than those of the learning half."""
     run_ppo(precision="bf16", iterations=1)  # as it should be: no guard stops it
-    honest = type(FULL).computing
-    monkeypatch.setattr(type(FULL), "computing", lambda self, tree: self.kept(tree))
+    whole = type(FULL)
+    rough = {"policy": lambda self, tree: tree_map(lambda x: x.to(torch.float8_e4m3fn).float(), tree)}
+    monkeypatch.setattr(whole, "computing", rough["policy"])
     with pytest.raises(GuardError, match="off_policy_tokens"):
         run_ppo(precision="bf16", iterations=1)
-    monkeypatch.setattr(type(FULL), "computing", honest)
 
 
 @both
