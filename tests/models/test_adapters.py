@@ -12,7 +12,7 @@ from minirlhf.models.adapters import adapted_layers, adapter_params, joined, lin
 from minirlhf.models.families import FAMILIES, family_of
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.models.tensor_files import named
-from minirlhf.rollout.weights import as_they_are, fastest, int8
+from minirlhf.rollout.weights import Weights, as_they_are, fastest, int8
 from minirlhf.runs import InputError
 from tests.models.cases import CASES, Case, tiny_model
 from tests.models.tiny import ragged
@@ -152,20 +152,19 @@ def test_targets_are_pefts_names_and_unknown_ones_are_said() -> None:
 
 
 @pytest.mark.parametrize("kind", [as_they_are, fastest, int8])
-def test_whatever_a_rollout_multiplies_by_has_the_adapters_in_it(kind: object) -> None:
+def test_whatever_a_rollout_multiplies_by_has_the_adapters_in_it(kind: Weights) -> None:
     """Weights that are packed or rounded without them would sample from the base."""
     model, base = tiny_model(CASES[0])
     big = tree_map(lambda x: x.clone(), base)
     big["wte"]["weight"] = big["wte"]["weight"][:, :24]
     params = join(model, big, noisy(fresh(model, big)))
-    assert callable(kind)
     sampled = kind(params, 8, 64)
     near = model.hidden(merged(params), TOKENS)
     torch.testing.assert_close(model.hidden(sampled, TOKENS), near, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("weights", "allowed"), [(fastest, 1e-4), (int8, 0.5)])
-def test_large_weights_are_packed_and_rounded_with_their_adapters(weights: object, allowed: float) -> None:
+def test_large_weights_are_packed_and_rounded_with_their_adapters(weights: Weights, allowed: float) -> None:
     model = FAMILIES["gpt2"].bind(
         FAMILIES["gpt2"].from_huggingface(
             {"vocab_size": 61, "n_positions": 24, "n_embd": 512, "n_layer": 1, "n_head": 2, "eos_token_id": 7}
@@ -173,7 +172,6 @@ def test_large_weights_are_packed_and_rounded_with_their_adapters(weights: objec
     )
     base = model.init(torch.Generator().manual_seed(0))
     params = join(model, base, noisy(fresh(model, base)))
-    assert callable(weights)
     hidden = partial(model.hidden, tokens=TOKENS)
     wanted, plain = hidden(merged(params)), hidden(base)
     gap = float((hidden(weights(params, 8, 64)) - wanted).abs().max())
