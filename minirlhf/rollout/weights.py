@@ -1,8 +1,8 @@
 """The weights that a rollout multiplies by: as they are, packed for the CPU's matrix product, or in 8 bits.
 
-A page in `models/` calls torch's products on whatever lies in its parameters, so a weight can be replaced by
-an object that answers for it (`__torch_function__`); no family knows. What is replaced is made anew in every
-call of the sampler: there is no copy that an update of the parameters could leave behind.
+A weight is replaced by an object that answers for it (`models.stand_in`); no family knows. What is replaced
+is made anew in every call of the sampler: there is no copy that an update of the parameters could leave
+behind. Low-rank adapters are merged first, so that sampling costs what it costs without them.
 
 Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX:
 
@@ -16,7 +16,7 @@ Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores wit
 Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.kernels import cpu
 from minirlhf.kernels.memory import Room
+from minirlhf.models.adapters import merged
 from minirlhf.models.interface import Params
+from minirlhf.models.stand_in import StandIn
 
 Weights = Callable[[Params, int, int], Params]
 """(parameters, slots, most tokens of a response) -> the parameters to sample with."""
@@ -41,7 +43,7 @@ _MOST_ONEDNN = 128  # slots, from which torch's own was as fast as oneDNN's pack
 
 
 def as_they_are(params: Params, slots: int, steps: int) -> Params:
-    """The parameters themselves."""
+    """The parameters themselves, adapters beside their weights."""
     return params
 
 
@@ -49,9 +51,12 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
     """The same numbers in the layout that the CPU's matrix product likes best, where that pays.
 
     The product is `kernels.cpu`'s where that can be built, otherwise oneDNN's. Packed products sum in another
-    order: logits differ by rounding, as between batch sizes.
+    order: logits differ by rounding, as between batch sizes. Adapters are merged, but not in 16 bits: there
+    W + ΔW would lose most of a small ΔW to rounding, and be another law than the trainer's.
     """
     leaf = next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
+    if leaf.dtype.itemsize > 2:
+        params = merged(params)
     if leaf.device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
         return params
     if cpu.available():
@@ -75,34 +80,17 @@ def int8(params: Params, slots: int, steps: int) -> Params:
     is quantised by itself, so it does not depend on its batch mates. Biases, norms, attention and embeddings
     keep their precision.
     """
-    return _replaced(params, Int8, {torch.float32, torch.bfloat16, torch.float64})
+    return _replaced(merged(params), Int8, {torch.float32, torch.bfloat16, torch.float64})
 
 
-class _Weight(ABC):
-    """A matrix that answers for itself in products, and is the matrix it was made from everywhere else."""
+class _Prepared(StandIn):
+    """A weight that is made into something else at its first product, and multiplied in that form."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        super().__init__(weight)
         self.by_output: dict[bool, Any] = {}  # whether stored [out, in] -> what `prepare` made of it
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.weight, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = list(args)
-        if func is torch.addmm and not kwargs and isinstance(given[2], _Weight):
-            return given[2].product(given[1], given[0], outputs_first=False)
-        if func is F.linear and isinstance(given[1], _Weight):
-            bias = given[2] if len(given) > 2 else (kwargs or {}).get("bias")
-            return given[1].product(given[0], bias, outputs_first=True)
-        plain = tree_map(lambda x: x.weight if isinstance(x, _Weight) else x, (args, kwargs or {}))
-        return func(*plain[0], **plain[1])
-
     def product(self, x: Tensor, bias: Tensor | None, *, outputs_first: bool) -> Tensor:
-        """x @ weight (stored [in, out], or [out, in] if `outputs_first`) + bias."""
         if outputs_first not in self.by_output:
             self.by_output[outputs_first] = self.prepare(self.weight if outputs_first else self.weight.T)
         rows = x.reshape(-1, x.shape[-1])
@@ -117,7 +105,7 @@ class _Weight(ABC):
         """x [N, in] -> [N, out]."""
 
 
-class Packed(_Weight):
+class Packed(_Prepared):
     """Panels of the width of the processor's registers; see kernels/native/product.cpp and tiles.cpp."""
 
     def __init__(self, weight: Tensor, *, room: Room) -> None:
@@ -137,7 +125,7 @@ class Packed(_Weight):
         return cpu.product(x, prepared, bias)
 
 
-class Reordered(_Weight):
+class Reordered(_Prepared):
     """oneDNN's blocked layout, chosen for `rows` rows."""
 
     def __init__(self, weight: Tensor, *, rows: int) -> None:
@@ -151,7 +139,7 @@ class Reordered(_Weight):
         return torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
 
 
-class Int8(_Weight):
+class Int8(_Prepared):
     """Rounded to 8 bits; see `int8`."""
 
     def prepare(self, matrix: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -182,7 +170,7 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale).round_().to(torch.int8), scale
 
 
-def _replaced(params: Params, kind: Callable[[Tensor], _Weight], dtypes: set[torch.dtype]) -> Params:
+def _replaced(params: Params, kind: Callable[[Tensor], _Prepared], dtypes: set[torch.dtype]) -> Params:
     return tree_map(lambda leaf: kind(leaf.detach()) if _to_replace(leaf, dtypes) else leaf, params)
 
 

@@ -43,6 +43,7 @@ from minirlhf.training.ppo_metrics import learning_metrics
 from minirlhf.training.ppo_sampling import seeded
 from minirlhf.training.ppo_update import gradients_of
 from minirlhf.training.rewards import Scorer
+from minirlhf.training.trained import trained
 from minirlhf.training.update import TrainState, init_state
 
 
@@ -96,7 +97,7 @@ def iteration(
     start = time.perf_counter()
     sampled = sample(
         task.model,
-        state.policy.params,
+        task.policy.computing(state.policy.params),
         task.reference,
         task.scorer,
         task.prompts,
@@ -115,6 +116,7 @@ def iteration(
         rate=rate,
         generator=order,
         differentiate=task.differentiate,
+        whole=task.policy,
     )
     beta, samples = config.kl_coefficient, config.samples_per_prompt
     of_rollout = sampled_metrics(sampled, samples=samples, kl_coefficient=beta, eos_id=task.stop_ids[0])
@@ -165,9 +167,11 @@ def train(
     """
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
-    differentiate = gradients_of(policy, prompts, config, rows=config.batch_size, name="group")
-    task, state = Task(model, reference, scorer, prompts, stops, differentiate), begin(policy)
-    judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
+    actor = trained(model, policy, config, generator=seeded(seed, "policy adapters", 0))
+    differentiate = gradients_of(actor.initial, prompts, config, rows=config.batch_size, name="group")
+    task = Task(model, actor.frozen(reference), scorer, prompts, stops, differentiate, policy=actor.whole)
+    state, hooks = begin(actor.initial), {"evaluate": evaluate, "keep": keep}
+    judge = partial(best_so_far, criterion=config.metric_for_best_model, whole=task.policy, **hooks)
     best, metrics = judge(None, state.policy.params, 0)
     if log is not None and metrics:
         log(0, metrics)
@@ -181,7 +185,7 @@ def train(
                 show(number, sampled)
         if log is not None:
             log(number, metrics)
-    return best or StageResult(state.policy.params, config.iterations, metrics, [])
+    return best or StageResult(task.policy.kept(state.policy.params), config.iterations, metrics, [])
 
 
 train_rloo = partial(train, objective=RLOO)

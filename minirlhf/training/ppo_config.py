@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from minirlhf.runs import InputError
 from minirlhf.training.gradients import ComputeConfig
 from minirlhf.training.mismatch import Precision
+from minirlhf.training.trained import TrainedConfig
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig(ComputeConfig):
+class OnPolicyConfig(ComputeConfig, TrainedConfig):
     """What every stage is told that samples from the policy it trains, with a critic or without.
 
     There is no top-k, top-p or min-p: a filtered new policy can give a sampled token probability 0, and then
@@ -60,7 +61,8 @@ class OnPolicyConfig(ComputeConfig):
     score - kl_coefficient · KL on validation prompts."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ComputeConfig.__post_init__(self)
+        TrainedConfig.__post_init__(self)
         counts = ("iterations", "epochs", "minibatches", "micro_batch_size", "max_response", "evaluate_every")
         self._check_at_least_one(*counts)
         self._check_positive(

@@ -25,6 +25,7 @@ from minirlhf.training.gradients import differentiate_by, model_of_loss, work_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
 from minirlhf.training.packed import account, together
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
+from minirlhf.training.trained import FULL, Whole
 from minirlhf.training.update import Differentiate, Loss, TrainState, adamw, differentiated, update
 
 
@@ -128,6 +129,8 @@ def optimise(
     rate: float,
     generator: torch.Generator,
     differentiate: Differentiate = differentiated,
+    policy_whole: Whole = FULL,
+    critic_whole: Whole = FULL,
 ) -> tuple[Learners, list[dict[str, float]], bool]:
     """Epochs of minibatches of policy and critic steps.
 
@@ -138,6 +141,7 @@ def optimise(
         rate: factor of both learning rates in this iteration.
         generator: CPU generator of the minibatch order; advanced by one permutation per epoch.
         differentiate: see `update.Differentiate`.
+        policy_whole, critic_whole: from what is trained to the models' parameters.
 
     Returns:
         The learners, the metrics of each minibatch, and whether the target KL stopped the iteration.
@@ -146,17 +150,29 @@ def optimise(
         GuardError: the first minibatch is off-policy.
         NonFiniteError: a loss or a gradient is not finite.
     """
-    tolerance = tolerance_for(learners.policy.params)
+    tolerance = tolerance_for(policy_whole.cast(learners.policy.params))
     loss = policy_loss(model_of_loss(model, config), config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
         policy, policy_metrics = minibatch_step(
-            learners.policy, minibatch, loss, config, rate * config.learning_rate, differentiate
+            learners.policy,
+            minibatch,
+            loss,
+            config,
+            rate * config.learning_rate,
+            differentiate=differentiate,
+            whole=policy_whole,
         )
         if not history:
             check_first_minibatch(policy_metrics, tolerance=tolerance)
         critic, critic_metrics = critic_step(
-            model, learners.critic, minibatch, config, rate=rate, differentiate=differentiate
+            model,
+            learners.critic,
+            minibatch,
+            config,
+            rate=rate,
+            differentiate=differentiate,
+            whole=critic_whole,
         )
         learners = Learners(policy, critic)
         history.append(named(policy_metrics, "policy") | critic_metrics)
@@ -173,12 +189,14 @@ def critic_step(
     *,
     rate: float,
     differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, float]]:
     """One Adam step on the value loss."""
     learning_rate = rate * config.critic_learning_rate
     loss = critic_loss(model_of_loss(model, config), config)
-
-    critic, metrics = minibatch_step(critic, minibatch, loss, config, learning_rate, differentiate)
+    critic, metrics = minibatch_step(
+        critic, minibatch, loss, config, learning_rate, differentiate=differentiate, whole=whole
+    )
     return critic, named(metrics, "value")
 
 
@@ -189,6 +207,7 @@ def minibatch_step(
     config: OnPolicyConfig,
     learning_rate: float,
     differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on one minibatch; metrics are token means over all of it, and its layout's."""
     state, metrics = update(
@@ -200,6 +219,7 @@ def minibatch_step(
         learning_rate=learning_rate,
         max_grad_norm=config.max_grad_norm,
         differentiate=differentiate,
+        whole=whole,
     )
     return state, metrics | account((rows, rows.packing) for rows in minibatch.micro_batches)
 

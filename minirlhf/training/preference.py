@@ -55,6 +55,7 @@ from minirlhf.training.pairs import (
     per_row,
     table,
 )
+from minirlhf.training.trained import trained
 
 
 def train_dpo(
@@ -149,7 +150,8 @@ def train(
         NonFiniteError: a loss or gradient was not finite.
     """
     device, size = device_of(params), config.micro_batch_size
-    referred = partial(with_reference, model, ref_params, micro_batch_size=size)
+    start = trained(model, params, config, generator=generator)
+    referred = partial(with_reference, model, start.frozen(ref_params), micro_batch_size=size)
     pairs = referred(pair_rows(train_pairs, name="training", model=model))
     held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
     stage = Stage(
@@ -164,8 +166,9 @@ def train(
     )
     if config.start_at_reference:
         first = stage.cut(torch.arange(min(len(train_pairs), config.batch_size)))
-        check_start(params, first, objective, loss=stage.loss)
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+        check_start(start.whole.computing(start.initial), first, objective, loss=stage.loss)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(

@@ -37,6 +37,7 @@ from minirlhf.training.loop import (
 from minirlhf.training.packed import PackedRows, layout_metrics
 from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, per_row, table
 from minirlhf.training.rewards import raw_score
+from minirlhf.training.trained import trained
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def train(
         shown=("loss", "accuracy", "margin"),
         layout=layout_metrics,
     )
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+    start = trained(model, params, config, generator=generator)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(

@@ -38,6 +38,7 @@ from minirlhf.training.loop import (
     train_loop,
 )
 from minirlhf.training.packed import PackedRows, layout_metrics, packed
+from minirlhf.training.trained import trained
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def train(
         shown=("loss", "mean_token_accuracy"),
         layout=layout_metrics,
     )
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+    start = trained(model, params, config, generator=generator)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(

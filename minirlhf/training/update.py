@@ -3,6 +3,9 @@
     loss(params, micro_batch, normaliser) -> (scalar, aux)          a pure function; the stage writes it
     update(state, micro_batches, normaliser, ...) -> (state, metrics)
 
+`params` are what the model computes with; the state's are what is trained, and `trained.Whole` leads from one
+to the other.
+
 A loss returns the sum over *its* micro-batch divided by the normaliser of the *whole* batch (the number of
 trained tokens, of pairs, ...). Contributions then simply add up, and any split of a batch has the gradient of
 the batch: no mean of means, however unequal the token counts are.
@@ -19,6 +22,7 @@ from torch.optim.adamw import adamw as _torch_adamw
 from torch.utils import _pytree as pytree
 
 from minirlhf.models.interface import Params
+from minirlhf.training.trained import FULL, Form, Whole
 
 Loss = Callable[[Params, Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(params, micro_batch, normaliser of the whole batch) -> (its share of the loss, of each metric)."""
@@ -37,7 +41,7 @@ class TrainState(NamedTuple):
     """What a training step carries on; it owns all of its tensors.
 
     Attributes:
-        params: the parameters.
+        params: what is trained.
         exp_avg: first moments of Adam, shaped like `params`.
         exp_avg_sq: second moments, likewise.
         step: optimiser steps taken so far.
@@ -146,25 +150,31 @@ def gradient(
     *,
     loss: Loss,
     differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[Params, Tensor, dict[str, Tensor]]:
     """Gradient, loss and metrics of the whole batch: the sum over its micro-batches.
+
+    The gradient is by `params`, the trained tree, and of its types: what is computed in fewer bits is added
+    up in the tree's own.
 
     Raises:
         ValueError: there is no micro-batch.
     """
     if not micro_batches:
         raise ValueError("expected at least one micro-batch, got none")
-    one = differentiate(loss)
-    grads, (value, aux) = one(params, micro_batches[0], normaliser)
-    if len(micro_batches) == 1:
-        return grads, value, aux
+    one, cast = differentiate(partial(_of_trained, loss, whole.whole)), whole.cast(params)
+    grads, (value, aux) = one(cast, micro_batches[0], normaliser)
     leaves, layout = pytree.tree_flatten(grads)
-    leaves = _owned(leaves)
     del grads
+    for i, owner in enumerate(pytree.tree_leaves(params)):
+        leaves[i] = leaves[i].to(owner.dtype)  # one after the other: never two whole gradients at once
+    if len(micro_batches) == 1:
+        return pytree.tree_unflatten(leaves, layout), value, aux
+    leaves = _owned(leaves)
     for batch in micro_batches[1:]:
-        more, (more_value, more_aux) = one(params, batch, normaliser)
+        more, (more_value, more_aux) = one(cast, batch, normaliser)
         for leaf, part in zip(leaves, pytree.tree_leaves(more), strict=True):
-            leaf += part
+            leaf += part  # in the type of leaf
         del more
         value = value + more_value
         aux = {name: aux[name] + more_aux[name] for name in aux}
@@ -181,6 +191,7 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on one batch, given as micro-batches.
 
@@ -193,6 +204,7 @@ def update(
         learning_rate: of this step.
         max_grad_norm: the gradient is scaled down to this global L2 norm where it exceeds it; inf: never.
         differentiate: see `Differentiate`.
+        whole: from the state's parameters to the model's.
 
     Returns:
         The next state, and "loss", "grad_norm" (before clipping) and the summed aux, as tensors.
@@ -205,7 +217,7 @@ def update(
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive (inf: no clipping), got {max_grad_norm}")
     grads, value, aux = gradient(
-        state.params, micro_batches, normaliser, loss=loss, differentiate=differentiate
+        state.params, micro_batches, normaliser, loss=loss, differentiate=differentiate, whole=whole
     )
     leaves, layout = pytree.tree_flatten(grads)
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=_at_least_fp32(g.dtype)) for g in leaves])
@@ -256,6 +268,13 @@ def constant_with_warmup(step: int, *, warmup: int, peak: float) -> float:
     if warmup < 0:
         raise ValueError(f"expected warmup >= 0, got {warmup}")
     return peak * min(1.0, (step + 1) / (warmup + 1))
+
+
+def _of_trained(
+    loss: Loss, whole: Form, trained: Params, batch: Any, normaliser: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss as a function of what is trained."""
+    return loss(whole(trained), batch, normaliser)
 
 
 def _owned(leaves: list[Tensor]) -> list[Tensor]:

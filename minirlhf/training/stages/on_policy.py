@@ -25,9 +25,9 @@ from minirlhf.training.workspace import (
     Checkpoint,
     Stage,
     load_policy,
+    load_reference,
     open_stage,
     refuse_existing,
-    require_same_model,
 )
 
 
@@ -64,8 +64,8 @@ def ppo(
 ) -> Metrics:
     """PPO from the policy, near the reference, towards what the reward prefers."""
     refuse_existing(out)
-    start, near = load_policy(policy, setting), load_policy(reference, setting)
-    require_same_model(start, near)
+    start = load_policy(policy, setting)
+    near = load_reference(reference, start, setting)
     task = _task(start, reward, data, config.max_response, setting)
     critic = critic_for(reward, start, setting)
     files = {"prompts": data} | reward.data
@@ -113,8 +113,8 @@ def group(
 ) -> Metrics:
     """Several samples per prompt and no critic, near the reference, towards what the reward prefers."""
     refuse_existing(out)
-    start, near = load_policy(policy, setting), load_policy(reference, setting)
-    require_same_model(start, near)
+    start = load_policy(policy, setting)
+    near = load_reference(reference, start, setting)
     task = _task(start, reward, data, config.max_response, setting)
     files = {"prompts": data} | reward.data
     weights = {"policy": start.path, "reference": near.path} | reward.weights

@@ -10,7 +10,7 @@ from minirlhf.training.loop import StageResult
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.setting import Setting, generator_for
 from minirlhf.training.stages.around import Metrics, prompts_of, save_policy, tell, watcher
-from minirlhf.training.workspace import load_policy, open_stage, refuse_existing, require_same_model
+from minirlhf.training.workspace import load_policy, load_reference, open_stage, refuse_existing
 
 
 def dpo(
@@ -38,8 +38,8 @@ def _prefer(
     setting: Setting,
 ) -> Metrics:
     refuse_existing(out)
-    start, near = load_policy(policy, setting), load_policy(reference, setting)
-    require_same_model(start, near)
+    start = load_policy(policy, setting)
+    near = load_reference(reference, start, setting)
     parts = read_pairs(start, data, setting)
     save = partial(save_policy, start)
     weights = {"policy": start.path, "reference": near.path}
