@@ -99,7 +99,8 @@ class Compiler:
         return pytree.tree_unflatten(list(step.run(*fixed.tensors, *sized)), step.layout[0])
 
     def _give_up(self, error: Exception) -> None:
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = getattr(error, "inner_exception", error)
+        why = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         if self._needed and not self.graphs:
             raise InputError(
                 f"{self._name}: compile: the compiler failed; set compile to off, or to auto, which goes on "

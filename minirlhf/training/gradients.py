@@ -1,7 +1,7 @@
 """How a stage computes its gradients: activations kept or recomputed, compiled or not; does that pay?
 
-Measured for a DPO micro-batch of 8 rows of 96 tokens on a 2-core CPU (fp32, torch 2.13): seconds a gradient,
-MiB that it takes beyond the parameters (its own 475 MiB for GPT-2 124M included), seconds of the first call:
+Measured for a DPO micro-batch of 8 rows of 96 tokens on a 2-core CPU (fp32, torch 2.13): seconds per
+gradient, MiB beyond the parameters (of GPT-2 124M, 475 are the gradient itself), seconds of the first call:
 
                      GPT-2 124M (148 tensors)      1 M parameters (52 tensors)
     as it is             2.93    870 MiB               0.041    50 MiB
@@ -97,8 +97,8 @@ def differentiate_by(
 
 
 class Price(NamedTuple):
-    """Seconds that compiling saves per parameter entry and token, and that a graph costs: so much, and so
-    much per parameter tensor."""
+    """Seconds that compiling saves per parameter entry and token; that a graph costs, and each parameter
+    tensor in it."""
 
     entry_token: float
     graph: float

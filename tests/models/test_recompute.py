@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.models.interface import LanguageModel, Params, causal
@@ -15,6 +16,8 @@ from minirlhf.models.opened import opened
 from minirlhf.models.recompute import recomputed, recomputing
 from tests.models.cases import CASES, Case, tiny_model
 from tests.models.tiny import ragged, tiny
+
+SLOW_ATTENTION = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
 def score(model: LanguageModel, params: Params, tokens: Tensor) -> Tensor:
@@ -49,6 +52,7 @@ def test_under_autograd_too() -> None:
     assert all(grad is not None for grad in grads[1]) and same_bits(*grads)
 
 
+@SLOW_ATTENTION
 def test_gradients_of_many_rows_by_vmap() -> None:
     model, params = tiny(dtype=torch.float64)
     tokens, _ = ragged(rows=4, longest=6)
@@ -61,6 +65,7 @@ def test_gradients_of_many_rows_by_vmap() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@SLOW_ATTENTION
 def test_gradients_of_many_parameters_by_vmap() -> None:
     model, _ = tiny(dtype=torch.float64)
     many = tree_map(lambda *x: torch.stack(x), *(tiny(seed, dtype=torch.float64)[1] for seed in range(3)))
@@ -85,7 +90,8 @@ def test_second_derivatives() -> None:
 
         return torch.func.grad(slope)(params)
 
-    plain, again = curvature(model), curvature(recomputing(model))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+        plain, again = curvature(model), curvature(recomputing(model))
     for a, b in zip(tree_leaves(plain), tree_leaves(again), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert max(float(leaf.abs().max()) for leaf in tree_leaves(again)) > 1
@@ -116,7 +122,8 @@ def test_a_block_keeps_its_inputs_and_nothing_else() -> None:
         return x
 
     assert kept_entries(lambda: recomputed(block, weights, x)) == 2 * width**2 + batch * width
-    assert kept_entries(lambda: block(weights, x)) > 2 * width**2 + 5 * batch * width
+    # Else both exponentials of each weight, too.
+    assert kept_entries(lambda: block(weights, x)) == 2 * width**2 + 5 * batch * width
 
 
 def test_each_block_runs_twice_and_without_a_gradient_once() -> None:
