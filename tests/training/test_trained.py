@@ -13,7 +13,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from minirlhf.models.adapters import adapted_layers, merged
 from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
-from minirlhf.training import group_policy, ppo, preference, reward_model, sft, stages
+from minirlhf.training import (
+    group_policy,
+    group_update,
+    loop,
+    ppo,
+    ppo_update,
+    preference,
+    reward_model,
+    sft,
+    stages,
+)
 from minirlhf.training import update as update_page
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.guards import GuardError
@@ -305,6 +315,48 @@ def test_groups_keep_their_guards_with_adapters(precision: Any) -> None:
         seed=0,
     )
     assert all(bool(each.up.any()) for each in adapted_layers(result.params).values())
+
+
+@pytest.mark.parametrize(("precision", "nats"), [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_guards_judge_by_the_precision_that_is_computed_in(
+    precision: Any, nats: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    for page in (ppo_update, group_update):
+        monkeypatch.setattr(page, "check_first_minibatch", lambda metrics, tolerance: seen.append(tolerance))
+    run_ppo(precision=precision, iterations=1)
+    groups = GroupConfig(iterations=1, prompts_per_batch=2, max_response=4, precision=precision)
+    start = (ppo_setting.MODEL, POLICY, POLICY, ppo_setting.token_scorer, ppo_setting.PROMPTS)
+    group_policy.train_rloo(*start, groups, seed=0)
+    assert seen == [nats, nats]
+
+
+def test_validation_and_reference_are_computed_like_the_step_and_evaluations_like_what_is_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, set[torch.dtype]] = {"measured": set(), "reference": set(), "evaluated": set()}
+
+    def noting(name: str, params: Params) -> None:
+        seen[name] |= {leaf.dtype for leaf in tree_leaves(params)}
+
+    measured, referred = loop.measure, preference.reference_logps
+    monkeypatch.setattr(loop, "measure", lambda p, *a, **k: (noting("measured", p), measured(p, *a, **k))[1])
+    monkeypatch.setattr(
+        preference,
+        "reference_logps",
+        lambda m, p, *a, **k: (noting("reference", p), referred(m, p, *a, **k))[1],
+    )
+
+    def evaluate(params: Params) -> dict[str, float]:
+        noting("evaluated", params)
+        return {}
+
+    params, config = fresh(), DPOConfig(**SMALL, precision="bf16")
+    preference.train_dpo(
+        MODEL, params, params, PAIRS, PAIRS, config, generator=generator(), evaluate=evaluate
+    )
+    low, full = {torch.bfloat16}, {torch.float32}
+    assert seen == {"measured": low, "reference": low, "evaluated": full}
 
 
 # --- stages -------------------------------------------------------------------------------------------------
