@@ -211,12 +211,12 @@ def test_a_compiled_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         graphs.append(graph)
         return graph
 
-    def gradient(params: Params, tokens: Tensor, packing: Packing) -> Params:
-        def loss(params: Params) -> Tensor:
-            valid = (packing.slots > 0)[..., None]
-            return (hidden(model, params, tokens, packing) * valid).square().sum()
+    def loss(params: Params, tokens: Tensor, packing: Packing) -> Tensor:
+        read = (packing.slots > 0)[..., None]
+        return (hidden(model, params, tokens, packing) * read).square().sum()
 
-        return torch.func.grad(loss)(params)
+    def gradient(params: Params, tokens: Tensor, packing: Packing) -> Params:
+        return torch.func.grad(loss)(params, tokens, packing)
 
     torch._dynamo.reset()
     compiled = torch.compile(gradient, dynamic=True, fullgraph=True, backend=backend)
