@@ -40,6 +40,7 @@ def causal(
 ) -> Tensor:
     """`Attend` within the sequence: a token sees itself and what lies before it."""
     k, v, time, shared = k.to(q.dtype), v.to(q.dtype), q.shape[2], q.shape[1] != k.shape[1]
+    shared = True if shared else False  # noqa: SIM210 (to a compiler it may be a symbol, not a bool)
     if window is None or window >= time:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
     at = torch.arange(time, device=q.device)

@@ -50,14 +50,14 @@ class Packing(NamedTuple):
     picked: Tensor
 
 
-def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH) -> Packing | None:
+def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH, blocks: int = BLOCKS) -> Packing | None:
     """The packing of these rows, or None where it saves too little: see `WORTH`.
 
     Computed on the host from the ids, so a device waits for it; nothing is read in the padding.
 
     Args:
         tokens: int64 [R, T] right-padded rows. lengths: int64 [R], 1 to T.
-        worth: largest N / (R · T).
+        worth: largest N / (R · T). blocks: most blocks of rows.
 
     >>> packing = pack(torch.tensor([[7, 8, 9], [7, 8, 0]]), torch.tensor([3, 2]))
     >>> packing.tokens, packing.slots
@@ -75,16 +75,16 @@ def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH) -> Packing | 
     place = own.flatten().cumsum(0) - 1  # in the pool, of the positions that are taken into it
     slots = torch.where(valid, place[owner * width + at], 0)
     order = lengths.argsort(descending=True, stable=True)
-    blocks, where, start = [], torch.empty_like(slots), 0
-    for part in order.split(_block_sizes(lengths[order].numpy())):
+    cut, where, start = [], torch.empty_like(slots), 0
+    for part in order.split(_block_sizes(lengths[order].numpy(), blocks)):
         longest = int(lengths[part[0]])
         block = slots[part, :longest]
         where[part, :longest] = start + torch.arange(block.numel()).view_as(block)
         start += block.numel()
-        blocks.append(block.to(device))
+        cut.append(block.to(device))
     ids, picked = rows.flatten()[taken], where.flatten()[taken]
     ids, positions, slots, picked = (each.to(device) for each in (ids, taken % width, slots, picked))
-    return Packing(ids, positions, slots, tuple(blocks), picked)
+    return Packing(ids, positions, slots, tuple(cut), picked)
 
 
 def hidden(model: LanguageModel, params: Params, tokens: Tensor, packing: Packing | None) -> Tensor:
@@ -155,8 +155,8 @@ def _owners(rows: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
     return torch.empty_like(owner).index_copy_(0, order, order[owner])
 
 
-def _block_sizes(lengths: np.ndarray) -> list[int]:
-    """How many rows each block has: of all cuts of the falling lengths [R] the one of the least work.
+def _block_sizes(lengths: np.ndarray, blocks: int) -> list[int]:
+    """How many rows each of at most so many blocks has: of all cuts of the falling lengths [R] the one of the least work.
 
     No block has a single row unless all rows are one block: a compiler makes another graph for size 1.
     """
@@ -167,7 +167,7 @@ def _block_sizes(lengths: np.ndarray) -> list[int]:
     work = np.where((size >= 2) | (size == count), work, np.inf)
     best, starts = work[0], []  # best[j]: the least work of rows 0 to j, in one block more each time
     least, cut = best[count], [count]
-    for _ in range(min(BLOCKS, count // 2) - 1):
+    for _ in range(min(blocks, count // 2) - 1):
         total = best[:count, None] + work
         starts.append(total.argmin(0))
         best = total.min(0)

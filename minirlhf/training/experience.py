@@ -20,7 +20,7 @@ from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
 from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
-from minirlhf.training.packed import together
+from minirlhf.training.packed import Pack, together
 
 
 class PolicyRows(Protocol):
@@ -165,7 +165,7 @@ def value_of(
     return select(scalar(params, aligned(hidden(model, params, tokens, packing))), mask)
 
 
-def take_rows(experience: Rows, index: Tensor) -> Rows:
+def take_rows(experience: Rows, index: Tensor, *, pack: Pack = pack) -> Rows:
     """The rows at `index` [K] of every field alike, trimmed to the longest of them, packed where it pays."""
     lengths = experience.lengths[index]
     longest = int(lengths.max())

@@ -9,7 +9,8 @@ Padding and shared prompts cost time and nothing else, so there is no option: ro
 both of the layers that see one token at a time; attention runs on padded rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from minirlhf.data.records import Sequences
 from minirlhf.models.packing import Packing, pack
+from minirlhf.training.gradients import ComputeConfig
 
+Pack = Callable[[Tensor, Tensor], Packing | None]
+"""(tokens [R, T], lengths [R]) -> their packing; None: as padded rows."""
 METRICS = ("perf/padding_waste", "perf/shared_tokens")
 
 
@@ -46,9 +50,15 @@ class Rows(Protocol):
     def lengths(self) -> Tensor: ...
 
 
-def packed(rows: Sequences) -> PackedRows:
+def packed(rows: Sequences, *, pack: Pack = pack) -> PackedRows:
     """The rows, packed where that pays."""
     return PackedRows(rows, pack(rows.tokens, rows.lengths))
+
+
+def pack_for(config: ComputeConfig) -> Pack:
+    """How a stage packs: where steps may be compiled always, and in one block, since each other form is another
+    graph, and costs more than the padding."""
+    return pack if config.compile == "off" else partial(pack, worth=1.0, blocks=1)
 
 
 def together(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:

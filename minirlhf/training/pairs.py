@@ -20,7 +20,7 @@ from minirlhf.models.packing import Packing, pack
 from minirlhf.runs import InputError
 from minirlhf.training.device import move
 from minirlhf.training.loop import Step, held, longest_first
-from minirlhf.training.packed import PackedRows, packed
+from minirlhf.training.packed import Pack, PackedRows, packed
 
 
 class PairRows(NamedTuple):
@@ -68,7 +68,9 @@ def pair_lengths(pairs: PairRows) -> Tensor:
     return torch.maximum(chosen, rejected)
 
 
-def cut_pairs(pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
+def cut_pairs(
+    pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device, pack: Pack = pack
+) -> Step:
     """The pairs at `index` as micro-batches, packed where that pays; normalised by pairs."""
     count, size = len(pairs.rows.lengths) // 2, len(index)
     parts, slots = index.split(micro_batch_size), torch.arange(size).split(micro_batch_size)

@@ -23,7 +23,7 @@ from minirlhf.training.device import device_of
 from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
 from minirlhf.training.gradients import differentiate_by, model_of_loss, work_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
-from minirlhf.training.packed import account, together
+from minirlhf.training.packed import account, pack_for, together
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.trained import FULL, Whole
 from minirlhf.training.update import Differentiate, Loss, TrainState, adamw, differentiated, update
@@ -240,7 +240,10 @@ def minibatches(
         for drawn in order.split(rows_in_all // config.minibatches):
             fields = experience.tokens, experience.prompt_lengths, experience.lengths
             rows = drawn[together(*(field[drawn] for field in fields))]
-            parts = [take_rows(experience, part) for part in rows.split(config.micro_batch_size)]
+            parts = [
+                take_rows(experience, part, pack=pack_for(config))
+                for part in rows.split(config.micro_batch_size)
+            ]
             yield Minibatch(parts, experience.mask[rows].sum())
 
 

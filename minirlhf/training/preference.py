@@ -33,7 +33,7 @@ from minirlhf.training.loop import (
     measure,
     train_loop,
 )
-from minirlhf.training.packed import PackedRows, layout_metrics
+from minirlhf.training.packed import PackedRows, layout_metrics, pack_for
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
     DPOConfig,
@@ -158,7 +158,7 @@ def train(
         name=objective.name,
         loss=partial(loss, model=model_of_loss(model, config), objective=objective),
         lengths=pair_lengths(pairs),
-        cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
+        cut=partial(cut_pairs, pairs, micro_batch_size=size, device=device, pack=pack_for(config)),
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "rewards/accuracies", "rewards/margins"),

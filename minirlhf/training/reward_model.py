@@ -34,7 +34,7 @@ from minirlhf.training.loop import (
     TrainConfig,
     train_loop,
 )
-from minirlhf.training.packed import PackedRows, layout_metrics
+from minirlhf.training.packed import PackedRows, layout_metrics, pack_for
 from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, per_row, table
 from minirlhf.training.rewards import raw_score
 from minirlhf.training.trained import trained
@@ -105,7 +105,7 @@ def train(
             center_rewards_coefficient=config.center_rewards_coefficient,
         ),
         lengths=pair_lengths(pairs),
-        cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
+        cut=partial(cut_pairs, pairs, micro_batch_size=size, device=device, pack=pack_for(config)),
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "accuracy", "margin"),

@@ -19,7 +19,7 @@ from minirlhf.data.rows import Rows, checked_rows, gather
 from minirlhf.data.spool import LazySequence
 from minirlhf.kernels.logprob import token_report
 from minirlhf.models.interface import LanguageModel, Params, aligned
-from minirlhf.models.packing import hidden
+from minirlhf.models.packing import hidden, pack
 from minirlhf.objectives.masked import token_sum
 from minirlhf.objectives.supervised import token_loss
 from minirlhf.runs import InputError
@@ -37,7 +37,7 @@ from minirlhf.training.loop import (
     longest_first,
     train_loop,
 )
-from minirlhf.training.packed import PackedRows, layout_metrics, packed
+from minirlhf.training.packed import Pack, PackedRows, layout_metrics, pack_for, packed
 from minirlhf.training.trained import trained
 
 
@@ -89,7 +89,9 @@ def train(
         name=name,
         loss=partial(loss, model=model_of_loss(model, config)),
         lengths=rows.lengths,
-        cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),
+        cut=partial(
+            cut, rows, micro_batch_size=config.micro_batch_size, device=device, pack=pack_for(config)
+        ),
         validation=held(
             cut(
                 held_out,
@@ -127,10 +129,12 @@ def loss(
     }
 
 
-def cut(rows: Rows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
+def cut(rows: Rows, index: Tensor, *, micro_batch_size: int, device: torch.device, pack: Pack = pack) -> Step:
     """The rows at `index` as micro-batches, packed where that pays; normalised by trained tokens."""
     parts = index.split(micro_batch_size)
-    micro_batches = LazySequence(len(parts), lambda i: move(packed(gather(rows, parts[i])), device))
+    micro_batches = LazySequence(
+        len(parts), lambda i: move(packed(gather(rows, parts[i]), pack=pack), device)
+    )
     trained = rows.counted[index].sum().to(device, torch.float32)
     return Step(micro_batches, trained, int(rows.lengths[index].sum()))
 

@@ -113,7 +113,7 @@ def test_the_cut_into_blocks_is_the_cheapest_of_all() -> None:
                     edges = (0, *inner, count)
                     cuts.append(tuple(b - a for a, b in zip(edges[:-1], edges[1:], strict=True)))
             least = min(work(lengths, cut) for cut in cuts if min(cut) >= 2 or len(cut) == 1)
-            found = tuple(page._block_sizes(np.array(lengths)))
+            found = tuple(page._block_sizes(np.array(lengths), page.BLOCKS))
             assert len(found) == 1 or min(found) >= 2
             assert sum(found) == count and work(lengths, found) == least
 

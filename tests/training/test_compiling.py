@@ -232,7 +232,12 @@ def test_ids_outside_the_vocabulary_are_an_error_in_a_compiled_step_too() -> Non
     case, made = test_stage_losses.CASES["sft"](), compiler()
     step = case.cut(torch.arange(3), 3)
     gradient(case.params, step.micro_batches, step.normaliser, loss=case.loss, differentiate=made)
-    bad = [batch._replace(tokens=torch.where(batch.mask, 99, batch.tokens)) for batch in step.micro_batches]
+    bad = [
+        batch._replace(
+            rows=batch.rows._replace(tokens=torch.where(batch.rows.mask, 99, batch.rows.tokens)), packing=None
+        )
+        for batch in step.micro_batches
+    ]
     with pytest.raises((IndexError, RuntimeError), match="index|vocabulary"):
         gradient(case.params, bad, step.normaliser, loss=case.loss, differentiate=made)
 
