@@ -107,7 +107,7 @@ def test_the_cut_into_blocks_is_the_cheapest_of_all() -> None:
     for count in range(1, 10):
         for _ in range(10):
             lengths = sorted(generator.integers(1, 400, count).tolist(), reverse=True)
-            cuts = [(count,)]
+            cuts: list[tuple[int, ...]] = [(count,)]
             for blocks in range(2, 5):
                 for inner in combinations(range(1, count), blocks - 1):
                     edges = (0, *inner, count)
@@ -165,10 +165,10 @@ def test_several_blocks_are_tried_by_these_tests(monkeypatch: pytest.MonkeyPatch
 
 def test_every_layer_but_attention_sees_the_pool_and_nothing_else() -> None:
     model, params = tiny()
-    seen = []
+    seen: list[tuple[int, ...]] = []
 
     def states(params: Params, tokens: Tensor, positions: Tensor, attend: object) -> Tensor:
-        seen.append(tokens.shape)
+        seen.append(tuple(tokens.shape))
         return model.states(params, tokens, positions, attend)  # pyright: ignore[reportArgumentType]
 
     rows = BATCHES["pairs"]
@@ -219,7 +219,7 @@ def test_a_compiled_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         return torch.func.grad(loss)(params, tokens, packing)
 
     torch._dynamo.reset()
-    compiled = torch.compile(gradient, dynamic=True, fullgraph=True, backend=backend)
+    compiled = torch.compile(gradient, fullgraph=True, backend=backend)  # static, then dynamic
     for rows in (random_rows(0), random_rows(4)):
         tokens, lengths = padded([[*row, 2, 3] for row in rows])
         layout = packed(tokens, lengths)
