@@ -74,6 +74,11 @@ def where(record: dict[str, Any]) -> str:
     )
 
 
+def head(title: str, record: dict[str, Any], explained: str) -> list[str]:
+    """A report's lines above its table: title, where it comes from, what the columns are."""
+    return [f"# {title}", "", where(record), "", explained, ""]
+
+
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from harness import forget_peak, in_a_process, peak, record_of, save, version, where, worker_arguments
+from harness import forget_peak, head, in_a_process, peak, record_of, save, version, worker_arguments
 from machine import clock, measure
 from rich.console import Console
 from torch import Tensor
@@ -127,20 +127,19 @@ def main(options: Options) -> None:
 def report(record: dict[str, Any]) -> str:
     """The table, as Markdown."""
     lines = [
-        "# Log-probs of tokens, with both gradients",
-        "",
-        where(record),
-        "",
-        "extra MB: resident at most, less the inputs. of limit: 6 N D V flops of the tokens that count, by "
-        "time and the rate of a large product. time, memory: as multiples of naive's.",
-        "",
+        *head(
+            "Log-probs of tokens, with both gradients",
+            record,
+            "extra MB: resident at most, less the inputs. of limit: 6 N D V flops of the tokens that count, "
+            "by time and the rate of a large product. time, memory: as multiples of naive's.",
+        ),
         "| tokens | masked | system | s [fastest, slowest] | time | extra MB | memory | of limit |",
         "|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for each in record["results"]:
-        head = f"| {each['rows']} | {each['masked']:.0%} | {each['system']} | "
+        row = f"| {each['rows']} | {each['masked']:.0%} | {each['system']} | "
         if "failed" in each:
-            lines.append(head + f"{each['failed']} | | | | |")
+            lines.append(row + f"{each['failed']} | | | | |")
             continue
         base = next(
             other
@@ -149,7 +148,7 @@ def report(record: dict[str, Any]) -> str:
         )
         low, high = each["spread"]
         lines.append(
-            head
+            row
             + f"{each['seconds']:.2f} [{low:.2f}, {high:.2f}] | {each['seconds'] / base['seconds']:.2f} | "
             f"{each['extra_mb']:.0f} | {each['extra_mb'] / base['extra_mb']:.2f} | {each['of_limit']:.0%} |"
         )

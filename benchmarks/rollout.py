@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from harness import in_a_process, peak, record_of, save, version, where, worker_arguments
+from harness import head, in_a_process, peak, record_of, save, version, worker_arguments
 from machine import Machine, measure
 from rich.console import Console
 from rollout_account import account
@@ -95,23 +95,22 @@ def main(options: Options) -> None:
 def report(record: dict[str, Any]) -> str:
     """The table, as Markdown."""
     lines = [
-        "# Rollout throughput",
-        "",
-        where(record),
-        "",
-        "tokens/s: generated, median of the runs [slowest, fastest]. products: the flops that prompts "
-        "and new tokens need, by time and the rate of a large product in the same process. reading: "
-        "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, when "
-        "fullest. first run: the one that is not counted; where something is compiled, in it.",
-        "",
+        *head(
+            "Rollout throughput",
+            record,
+            "tokens/s: generated, median of the runs [slowest, fastest]. products: the flops that prompts "
+            "and new tokens need, by time and the rate of a large product in the same process. reading: "
+            "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, "
+            "when fullest. first run: the one that is not counted; where something is compiled, in it.",
+        ),
         "| workload | batch | system | tokens/s | runs | prefill s | decode s | packing s | first run s "
         "| products | reading | peak MB | KV |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for each in sorted(record["results"], key=lambda each: (each["workload"], each["batch"])):
-        head = f"| {each['workload']} | {each['batch']} | {each['system']} | "
+        row = f"| {each['workload']} | {each['batch']} | {each['system']} | "
         if "failed" in each:
-            lines.append(head + f"{each['failed']} | | | | | | | | | |")
+            lines.append(row + f"{each['failed']} | | | | | | | | | |")
             continue
         low, high = each["spread"]
         known = each["workload"] == "equal" or each["system"].startswith("minirlhf")
@@ -120,7 +119,7 @@ def report(record: dict[str, Any]) -> str:
         eight = "int8" in each["system"]  # it reads other bytes
         reading = "" if eight or each["of_reading"] is None else f"{each['of_reading']:.0%}"
         lines.append(
-            head + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['runs']} | {seconds} | "
+            row + f"{each['tokens_per_second']:.0f} [{low:.0f}, {high:.0f}] | {each['runs']} | {seconds} | "
             f"{each['once']:.2f} | {each['first']:.1f} | {each['of_products']:.0%} | {reading} | "
             f"{each['peak_mb']:.0f} | {cache} |"
         )

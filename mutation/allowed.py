@@ -53,6 +53,18 @@ def _symmetric_margin(mutant: Mutant) -> bool:
     return given in mutant.after or taken in mutant.after
 
 
+BELOW_AUTOGRAD = frozenset(
+    {
+        "forward_pass", "forward_pass.scattered", "backward_pass", "_selected", "_pieces", "_absorb",
+        "_absorb_plain", "_to_gradient", "_to_gradient_plain",
+    }
+)  # fmt: skip
+"""The functions of `kernels.passes` that only its two passes call."""
+
+_widened_by_addcmul = turns(
+    "function", ("backward_pass", "[chosen_ids].to(rows.dtype), by_logp", "[chosen_ids], by_logp")
+)
+
 _dtype_of_mps = turns(
     "branch, precision, function",
     ("top_p", 'torch.float32 if x.device.type == "mps" else ', ".to(torch.float64)"),
@@ -68,6 +80,10 @@ ALLOWED: tuple[Allowed, ...] = (
             "branch, constant",
             ("tempered", "if temperature == 1:", "if False:"),
             ("tempered", "temperature == 1:", "temperature == 0:"),
+            ("forward_pass", "if temperature != 1 else", "rows / temperature,"),
+            ("forward_pass", "temperature != 1", "temperature != 0"),
+            ("backward_pass", "if temperature != 1 else", "rows / temperature,"),
+            ("backward_pass", "temperature != 1", "temperature != 0"),
         ),
     ),
     Allowed(
@@ -93,6 +109,7 @@ ALLOWED: tuple[Allowed, ...] = (
             ("clipped_surrogate_loss", "0.0, log_rho", "1.0, log_rho"),
             ("best_of_n_law", "above, 0.0)", "above, 1.0)"),
             ("_log_sum", "terms, 0.0)", "terms, 1.0)"),
+            ("log_prob_plain", "states, 0.0)", "states, 1.0)"),
             ("_log_share_of_draws", "rare, -1.0", "rare, 1.0"),
             ("_log_share_of_draws", "rare, -1.0", "rare, -2.0"),
             ("_log_share_of_draws", "rare, -1.0", "rare, -0.0"),
@@ -101,7 +118,40 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed(
         "promotion widens",
         "Type promotion widens one operand by the other, without rounding: the same number and gradient.",
-        _promoted,
+        lambda mutant: _promoted(mutant) or _widened_by_addcmul(mutant),
+    ),
+    Allowed(
+        "promotion is symmetric",
+        "Which of two types widens the other does not depend on their order.",
+        turns(
+            "swapped operands",
+            *(
+                (place, "wide_type(states, unembedding)", "wide_type(unembedding, states)")
+                for place in ("forward_pass", "backward_pass", "log_prob_plain", "fits")
+            ),
+        ),
+    ),
+    Allowed(
+        "detached below autograd",
+        "The passes run inside an operator, which autograd does not look into: nothing there has a gradient.",
+        lambda mutant: mutant.operator == "detach" and mutant.function in BELOW_AUTOGRAD,
+    ),
+    Allowed(
+        "memory that is not yet written",
+        "What stands in new memory is overwritten before it is read, and any place in it will do.",
+        turns(
+            "sign, index",
+            ("forward_pass", "kept = rows.new_empty", "kept = (-rows.new_empty"),
+            ("backward_pass", "= states.new_empty(0)", "= (-states.new_empty(0))"),
+            ("_pieces", "room = rows.new_empty", "room = (-rows.new_empty"),
+            ("_pieces", "= room[", "= (-room["),
+            ("_pieces", "room[: count * wide]", "room[-(count * wide):]"),
+        ),
+    ),
+    Allowed(
+        "a copy that is spared",
+        "All positions in order are the positions themselves: the index would copy them, and change nothing.",
+        turns("branch", ("_selected", "states if len(index) == len(states) else", "(states[index])")),
     ),
     Allowed(
         "another device or an older torch",
@@ -116,6 +166,8 @@ ALLOWED: tuple[Allowed, ...] = (
             ("_of_token", "[..., 0]", "[..., (-1)]"),
             ("gspo_loss", "[..., 0]", "[..., (-1)]"),
             ("_selected", "[:, 0]", "[:, (-1)]"),
+            ("forward_pass", "[:, None])[:, 0]", "[:, None])[:, (-1)]"),
+            ("log_prob_plain", "[:, None])[:, 0]", "[:, None])[:, (-1)]"),
             ("inverse_cdf", "[:, 0]", "[:, (-1)]"),
         ),
     ),

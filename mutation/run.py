@@ -36,8 +36,10 @@ from mutation.suite import Test, with_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("minirlhf/objectives",)
-# Of the kernels what callers see; `passes` runs below autograd, where most mutants of a gradient are none.
+# Of the kernels the mathematics: a statement of `fused` that is run again would register its operators anew,
+# and the work of `cpu` and `memory` is done in C++ and by the system.
 PAGES = (
+    "minirlhf/kernels/passes.py",
     "minirlhf/kernels/logprob.py",
     "minirlhf/rollout/draw.py",
 )

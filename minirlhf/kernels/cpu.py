@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,48 +37,85 @@ def available() -> bool:
     return _library() is not None
 
 
-def packed_size(depth: int, width: int) -> int:
+class Layout(NamedTuple):
+    """How a packed matrix lies in memory, and what multiplies by it.
+
+    depth: inputs -> those that are stored, the rest being zeros. pack, product: see native/.
+    """
+
+    depth: Callable[[int], int]
+    pack: Callable[..., None]
+    product: Callable[..., None]
+
+
+def layouts() -> dict[str, Layout]:
+    """Those that this processor has, the best one last: "vectors", and "tiles" (AMX)."""
+    library = _built()
+    found = {"vectors": Layout(lambda depth: depth, library.pack, library.product)}
+    if library.has_tiles():
+        found["tiles"] = Layout(library.tiles_depth, library.pack_tiles, library.product_tiles)
+    return found
+
+
+@functools.cache
+def best_layout() -> Layout:
+    """The last of `layouts`."""
+    return list(layouts().values())[-1]
+
+
+def packed_size(depth: int, width: int, layout: Layout | None = None) -> int:
     """Entries that a packed matrix [depth, width] takes."""
     panel = _built().panel()
-    return -(-width // panel) * depth * panel
+    return -(-width // panel) * (layout or best_layout()).depth(depth) * panel
 
 
-def packed(matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """A matrix [in, out], fp32, in the layout that `product` reads: [⌈out / panel⌉, in, panel].
+class PackedMatrix(NamedTuple):
+    """A matrix [depth, width] as `product` reads it: its entries, of `packed_size`, in a layout."""
+
+    entries: Tensor
+    depth: int
+    width: int
+    layout: Layout
+
+
+def packed(matrix: Tensor, out: Tensor | None = None, layout: Layout | None = None) -> PackedMatrix:
+    """A matrix [in, out], fp32, in panels of outputs.
 
     Args:
         out: where to write, `packed_size` entries; None for new memory.
+        layout: None for the best.
 
     Raises:
         ValueError: not a matrix of fp32 on the CPU with one stride of 1, or an `out` of another size.
     """
-    cpu = matrix.device.type == "cpu"
+    layout, cpu = layout or best_layout(), matrix.device.type == "cpu"
     if matrix.ndim != 2 or matrix.dtype != torch.float32 or 1 not in matrix.stride() or not cpu:
         raise ValueError(
             f"expected a matrix [in, out] of fp32 on the CPU, one of its strides 1; got {matrix.dtype} "
             f"{list(matrix.shape)} with strides {matrix.stride()} on {matrix.device}"
         )
     depth, width = matrix.shape
-    size = packed_size(depth, width)
+    size = packed_size(depth, width, layout)
     out = torch.empty(size) if out is None else out
     if out.numel() != size or not out.is_contiguous():
         raise ValueError(f"out must have {size} entries in one piece, got {list(out.shape)}")
-    _built().pack(matrix.data_ptr(), depth, width, *matrix.stride(), out.data_ptr())
-    return out.view(-1, depth, _built().panel())
+    layout.pack(matrix.data_ptr(), depth, width, *matrix.stride(), out.data_ptr())
+    return PackedMatrix(out, depth, width, layout)
 
 
-def product(x: Tensor, matrix: Tensor, width: int, bias: Tensor | None) -> Tensor:
-    """x [N, in] times what `packed` made of [in, width], plus bias [width]: [N, width], fp32.
+def product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """x [N, in] times a matrix [in, out], plus bias [out]: [N, out], fp32.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    if x.shape[-1] != matrix.shape[1] or (bias is not None and bias.shape != (width,)):
-        raise ValueError(f"cannot multiply {list(x.shape)} by a matrix of {matrix.shape[1]} x {width}")
+    entries, depth, width, layout = matrix
+    if x.shape[-1] != depth or (bias is not None and bias.shape != (width,)):
+        raise ValueError(f"cannot multiply {list(x.shape)} by a matrix of {depth} x {width}")
     x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
     out = torch.empty(len(x), width)
     start = None if bias is None else bias.data_ptr()
-    _built().product(x.data_ptr(), *x.shape, matrix.data_ptr(), width, start, out.data_ptr())
+    layout.product(x.data_ptr(), len(x), depth, entries.data_ptr(), width, start, out.data_ptr())
     return out
 
 
@@ -185,6 +223,11 @@ def _library() -> ctypes.CDLL | None:
     library.panel.restype = _long
     library.pack.argtypes = [_pointer, _long, _long, _long, _long, _pointer]
     library.product.argtypes = [_pointer, _long, _long, _pointer, _long, _pointer, _pointer]
+    if library.has_tiles():
+        library.tiles_depth.restype, library.tiles_depth.argtypes = _long, [_long]
+        library.pack_tiles.argtypes, library.product_tiles.argtypes = (
+            library.pack.argtypes, library.product.argtypes,
+        )  # fmt: skip
     library.draw.argtypes = [_pointer, _long, _long, _pointer, ctypes.c_double, _pointer, _pointer]
     library.logsumexp.argtypes = [_pointer, _long, _long, _pointer]
     library.absorb.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer]

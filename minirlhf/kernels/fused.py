@@ -66,11 +66,13 @@ class _LogProb(torch.autograd.Function):
         states, unembedding, ids, mask, ctx.temperature, *_ = inputs
         _, entropies, lse, best, kept = output
         ctx.mark_non_differentiable(lse, best, kept)
+        ctx.set_materialize_grads(False)  # zeros for the kept logits would be as large as these
         ctx.save_for_backward(states, unembedding, ids, mask, entropies, lse, kept)
 
     @staticmethod
-    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        by_logp, by_entropy = by_outputs[:2]
+    def backward(ctx: Any, *by_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        lse = ctx.saved_tensors[5]
+        by_logp, by_entropy = (torch.zeros_like(lse) if each is None else each for each in by_outputs[:2])
         wanted = ctx.needs_input_grad[:2]
         by_states, by_unembedding = _Gradient.apply(
             *ctx.saved_tensors, by_logp, by_entropy, ctx.temperature, *wanted
@@ -132,38 +134,18 @@ def _one_after_the_other(
     return stacked, (0,) * len(stacked)
 
 
-@torch.library.custom_op("minirlhf::log_prob", mutates_args=())
-def _log_prob(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return passes.forward_pass(states, unembedding, ids, mask, temperature, entropy, keep)
-
-
-@torch.library.custom_op("minirlhf::log_prob_gradient", mutates_args=())
-def _log_prob_gradient(
-    states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
-    kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
-    want_unembedding: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    found = states, unembedding, ids, mask, entropies, lse, kept
-    return passes.backward_pass(*found, by_logp, by_entropy, temperature, want_states, want_unembedding)
-
-
-@_log_prob.register_fake
-def _(
+def _log_prob_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_type(states, unembedding)
-    kept = len(states) if keep else 0
-    logp, entropies, lse = (states.new_empty(len(states), dtype=wide) for _ in range(3))
-    best = states.new_empty(len(states), dtype=torch.bool)
-    return logp, entropies, lse, best, states.new_empty((kept, len(unembedding)), dtype=wide)
+    count, vocabulary = states.shape[0], unembedding.shape[0]  # not len(): see passes.fits
+    logp, entropies, lse = (states.new_empty(count, dtype=wide) for _ in range(3))
+    best = states.new_empty(count, dtype=torch.bool)
+    return logp, entropies, lse, best, states.new_empty((count if keep else 0, vocabulary), dtype=wide)
 
 
-@_log_prob_gradient.register_fake
-def _(
+def _log_prob_gradient_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, entropies: Tensor, lse: Tensor,
     kept: Tensor, by_logp: Tensor, by_entropy: Tensor, temperature: float, want_states: bool,
     want_unembedding: bool,
@@ -172,3 +154,11 @@ def _(
         torch.empty_like(states) if want_states else states.new_empty(0),
         torch.empty_like(unembedding) if want_unembedding else states.new_empty(0),
     )
+
+
+_log_prob = torch.library.custom_op("minirlhf::log_prob", passes.forward_pass, mutates_args=())
+_log_prob.register_fake(_log_prob_shapes)
+_log_prob_gradient = torch.library.custom_op(
+    "minirlhf::log_prob_gradient", passes.backward_pass, mutates_args=()
+)
+_log_prob_gradient.register_fake(_log_prob_gradient_shapes)

@@ -47,7 +47,9 @@ def token_logp(
         [B, T] in nats, at most 0; 0 where masked. Differentiable in states and unembedding.
 
     Raises:
-        ValueError: shapes disagree, the mask is not bool, or the temperature is not positive.
+        ValueError: shapes disagree, the mask is not bool, tokens are not int64, or the temperature is not
+            positive.
+        IndexError: an id under the mask is outside the vocabulary.
 
     >>> states, unembedding = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[0.0], [1.0], [2.0]])
     >>> tokens, mask = torch.tensor([[0, 2]]), torch.tensor([[False, True]])
@@ -124,5 +126,7 @@ def _check(states: Tensor, unembedding: Tensor, tokens: Tensor, mask: Tensor, te
         )
     if mask.dtype != torch.bool:  # an integer mask would be read as indices
         raise ValueError(f"mask must be bool, got {mask.dtype}")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64, got {tokens.dtype}")
     if not temperature > 0:  # also refuses NaN
         raise ValueError(f"temperature must be positive, got {temperature}")

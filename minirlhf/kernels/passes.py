@@ -49,7 +49,7 @@ def forward_pass(
     lse = most + total.log()
 
     def scattered(values: Tensor) -> Tensor:
-        return values.new_zeros(len(states)).index_copy_(0, index, values)
+        return values.new_zeros(len(states)).index_put_((index,), values)
 
     entropies = lse - weighted / total if entropy else torch.zeros_like(lse)
     return scattered(chosen - lse), scattered(entropies), scattered(lse), scattered(chosen == most), kept
@@ -68,11 +68,11 @@ def backward_pass(
     by_matrix = rows.new_empty(unembedding.shape) if want_unembedding else None
     for first, logits in _pieces(rows, unembedding, kept, again=True):
         by_logits = _to_gradient(logits, lse, by_logp, by_entropy, entropies)
-        piece = unembedding[first : first + logits.shape[1]].to(rows.dtype)
+        here = slice(first, first + logits.shape[1])
         if by_rows is not None:
-            by_rows.addmm_(by_logits, piece)
+            by_rows.addmm_(by_logits, unembedding[here].to(rows.dtype))
         if by_matrix is not None:
-            torch.mm(by_logits.T, rows, out=by_matrix[first : first + logits.shape[1]])
+            torch.mm(by_logits.T, rows, out=by_matrix[here])
     if by_rows is not None:  # the token's own share
         by_rows.addcmul_(unembedding[chosen_ids].to(rows.dtype), by_logp[:, None])
         by_rows = states.new_zeros(states.shape).index_copy_(
@@ -99,7 +99,8 @@ def log_prob_plain(
 
 def fits(states: Tensor, unembedding: Tensor) -> bool:
     """Whether the logits of all positions take no more than `KEPT` bytes."""
-    return len(states) * len(unembedding) * wide_type(states, unembedding).itemsize <= KEPT
+    # Not len(): in a compiled step the number of positions is a symbol, which len() would fix.
+    return states.shape[0] * unembedding.shape[0] * wide_type(states, unembedding).itemsize <= KEPT
 
 
 def wide_type(states: Tensor, unembedding: Tensor) -> torch.dtype:

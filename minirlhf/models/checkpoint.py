@@ -34,6 +34,7 @@ from minirlhf.runs import InputError, atomic_directory
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What may stand beside a tokenizer and belongs to it: its special tokens' names, its chat template."""
@@ -79,7 +80,7 @@ def load_scalar_model(
     does, also for a directory that holds a language model without a head, or a head of several labels.
     """
     model, params, entries = _load(Path(directory), scalar=True, read=read)
-    return model, params, _normalisation(Path(directory) / CONFIG, entries.get(_OURS))
+    return model, params, normalisation_of(Path(directory) / CONFIG, entries.get(_OURS))
 
 
 def save_language_model(
@@ -134,6 +135,8 @@ def save_scalar_model(
 def _load(directory: Path, *, scalar: bool, read: Read) -> tuple[LanguageModel, Params, dict[str, Any]]:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
+        raise InputError(f"{directory}: expected a whole model, found an adapter ({ADAPTER_CONFIG})")
     entries = read_json(directory / CONFIG)
     family = _family_named(directory, entries)
     _check_kind(directory, entries, family, scalar)
@@ -266,7 +269,8 @@ def _check_unquantised(path: Path, entries: Mapping[str, Any]) -> None:
         )
 
 
-def _normalisation(path: Path, ours: Any) -> Normalisation:
+def normalisation_of(path: Path, ours: Any) -> Normalisation:
+    """What a file says in our key about a reward model's score; the identity where it says nothing."""
     if ours is None:
         return Normalisation()
     try:

@@ -22,6 +22,7 @@ class Family(NamedTuple):
     embedding: the token embedding, which a tied head in a file must repeat.
     head: the unembedding's tensor in a file of transformers; stands outside the prefix.
     ignored: buffers of old files that hold no parameters.
+    outputs_first: whether linear weights are stored [out, in] (else [in, out]).
     """
 
     config: type
@@ -34,6 +35,7 @@ class Family(NamedTuple):
     embedding: str
     head: str
     ignored: re.Pattern[str]
+    outputs_first: bool = True
 
 
 def _llama(name: str) -> Family:
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
         embedding="wte.weight",
         head="lm_head.weight",
         ignored=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),
+        outputs_first=False,
     ),
     "llama": _llama("Llama"),
     "mistral": _llama("Mistral"),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
 
@@ -112,18 +112,29 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     return _linear(params["c_proj"], F.gelu(_linear(params["c_fc"], x), approximate="tanh"))
 
 
+def _block(params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config) -> Tensor:
+    q, k, v = _heads(params["attn"], _norm(params["ln_1"], x, config), config)
+    x = x + _merge(params["attn"], attend(layer, q, k, v, scale=None, window=None))
+    return x + _mlp(params["mlp"], _norm(params["ln_2"], x, config))
+
+
 def states(
-    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPT2Config
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    config: GPT2Config,
+    run: RunBlock = directly,
 ) -> Tensor:
     """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
     x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    of_config = partial(_block, config=config)
     for layer, block in enumerate(params["h"]):
-        q, k, v = _heads(block["attn"], _norm(block["ln_1"], x, config), config)
-        x = x + _merge(block["attn"], attend(layer, q, k, v, scale=None, window=None))
-        x = x + _mlp(block["mlp"], _norm(block["ln_2"], x, config))
+        x = run(of_config, block, x, attend, layer)
     return _norm(params["ln_f"], x, config)
 
 

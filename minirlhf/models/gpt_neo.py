@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
 
@@ -121,20 +121,32 @@ def _add(block: Params, x: Tensor, attended: Tensor, config: GPTNeoConfig) -> Te
     return x + _linear(block["mlp"]["c_proj"], inner)
 
 
+def _block(
+    params: Params, x: Tensor, attend: Attend, layer: int, window: int | None, *, config: GPTNeoConfig
+) -> Tensor:
+    q, k, v = _heads(params["attn"]["attention"], _norm(params["ln_1"], x, config), config)
+    # Scores are not scaled: they are large, so at least fp32.
+    q = q.to(torch.promote_types(x.dtype, torch.float32))
+    return _add(params, x, attend(layer, q, k, v, scale=1.0, window=window), config)
+
+
 def states(
-    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPTNeoConfig
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    config: GPTNeoConfig,
+    run: RunBlock = directly,
 ) -> Tensor:
     """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    windows = {"global": None, "local": config.window_size}
     x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
-    wide = torch.promote_types(x.dtype, torch.float32)
+    windows, of_config = {"global": None, "local": config.window_size}, partial(_block, config=config)
     for layer, (block, kind) in enumerate(zip(params["h"], config.attention_layers, strict=True)):
-        q, k, v = _heads(block["attn"]["attention"], _norm(block["ln_1"], x, config), config)
-        # Scores are not scaled: they are large, so at least fp32.
-        x = _add(block, x, attend(layer, q.to(wide), k, v, scale=1.0, window=windows[kind]), config)
+        x = run(of_config, block, x, attend, layer, windows[kind])
     return _norm(params["ln_f"], x, config)
 
 

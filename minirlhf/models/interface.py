@@ -40,11 +40,30 @@ def causal(
 ) -> Tensor:
     """`Attend` within the sequence: a token sees itself and what lies before it."""
     k, v, time, shared = k.to(q.dtype), v.to(q.dtype), q.shape[2], q.shape[1] != k.shape[1]
+    shared = True if shared else False  # noqa: SIM210 (to a compiler it may be a symbol, not a bool)
     if window is None or window >= time:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
     at = torch.arange(time, device=q.device)
     visible = (at <= at[:, None]) & (at > at[:, None] - window)  # [T, T]
     return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=shared)
+
+
+class RunBlock(Protocol):
+    """How a block of the model is run: as it is (`directly`), or so that its activations are not kept.
+
+    Args:
+        block: (params, x [B, T, D], *context) -> [B, T, D].
+        params: of this block.
+        x: the residual stream.
+        context: what else the block reads.
+    """
+
+    def __call__(self, block: Callable[..., Tensor], params: Params, x: Tensor, *context: Any) -> Tensor: ...
+
+
+def directly(block: Callable[..., Tensor], params: Params, x: Tensor, *context: Any) -> Tensor:
+    """`RunBlock`: block(params, x, *context)."""
+    return block(params, x, *context)
 
 
 class CacheShape(NamedTuple):
@@ -61,7 +80,8 @@ class LanguageModel(NamedTuple):
     config: frozen dataclass; has at least `vocab_size`, `n_positions`, `eos_token_id`.
     init: generator -> fresh parameters.
     states: (params, tokens [B, T], positions [T] or [B, T], attend) -> [B, T, D], final norm applied. The
-        one forward pass of a family: `hidden` calls it for whole sequences, a sampler for parts of them.
+        one forward pass of a family: `hidden` calls it for whole sequences, a sampler for parts of them. The
+        families' own also take `run`, a RunBlock (`models.recompute.recomputing` passes another).
     unembedding: params -> [V, D].
     cache: what a cache has to hold per token.
     stop_ids: tokens that end a response, EOS first; a directory may name several.
@@ -70,7 +90,7 @@ class LanguageModel(NamedTuple):
 
     config: Any
     init: Callable[[torch.Generator], Params]
-    states: Callable[[Params, Tensor, Tensor, Attend], Tensor]
+    states: Callable[..., Tensor]
     unembedding: Callable[[Params], Tensor]
     cache: CacheShape
     stop_ids: tuple[int, ...]

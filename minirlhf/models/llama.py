@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.models.llama_config import FULL, SLIDING, LlamaConfig, RopeParameters
 
 
@@ -146,20 +146,39 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     return _linear(params["down_proj"], gated)
 
 
+def _block(
+    params: Params,
+    x: Tensor,
+    attend: Attend,
+    layer: int,
+    window: int | None,
+    rotations: tuple[Tensor, Tensor],
+    *,
+    config: LlamaConfig,
+) -> Tensor:
+    q, k, v = _heads(params["self_attn"], _norm(params["input_layernorm"], x, config), rotations, config)
+    x = x + _merge(params["self_attn"], attend(layer, q, k, v, scale=None, window=window))
+    return x + _mlp(params["mlp"], _norm(params["post_attention_layernorm"], x, config))
+
+
 def states(
-    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: LlamaConfig
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    config: LlamaConfig,
+    run: RunBlock = directly,
 ) -> Tensor:
     """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    windows = {FULL: None, SLIDING: config.sliding_window}
     x = F.embedding(tokens, params["embed_tokens"]["weight"])
     rotations = _rotations(positions[..., None, :], x, config)  # the same for all heads
+    windows, of_config = {FULL: None, SLIDING: config.sliding_window}, partial(_block, config=config)
     for layer, (block, kind) in enumerate(zip(params["layers"], config.layer_types, strict=True)):
-        q, k, v = _heads(block["self_attn"], _norm(block["input_layernorm"], x, config), rotations, config)
-        x = x + _merge(block["self_attn"], attend(layer, q, k, v, scale=None, window=windows[kind]))
-        x = x + _mlp(block["mlp"], _norm(block["post_attention_layernorm"], x, config))
+        x = run(of_config, block, x, attend, layer, windows[kind], rotations)
     return _norm(params["norm"], x, config)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params
+from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
 _TANH = partial(F.gelu, approximate="tanh")
@@ -150,8 +150,27 @@ def _add(layer: Params, x: Tensor, attended: Tensor, config: GPTNeoXConfig) -> T
     return after + _linear(layer["mlp"]["dense_4h_to_h"], inner)
 
 
+def _block(
+    layer: Params,
+    x: Tensor,
+    attend: Attend,
+    number: int,
+    turns: tuple[Tensor, Tensor],
+    *,
+    config: GPTNeoXConfig,
+) -> Tensor:
+    q, k, v = _heads(layer["attention"], _norm(layer["input_layernorm"], x, config), turns, config)
+    return _add(layer, x, attend(number, q, k, v, scale=None, window=None), config)
+
+
 def states(
-    params: Params, tokens: Tensor, positions: Tensor, attend: Attend, *, config: GPTNeoXConfig
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    config: GPTNeoXConfig,
+    run: RunBlock = directly,
 ) -> Tensor:
     """States after each token, final norm applied: tokens [B, T] at positions [T] or [B, T] -> [B, T, D].
 
@@ -159,9 +178,9 @@ def states(
     """
     x = F.embedding(tokens, params["embed_in"]["weight"])
     turns = _turns(positions[..., None, :], config, x.dtype)  # the same for all heads
+    of_config = partial(_block, config=config)
     for number, layer in enumerate(params["layers"]):
-        q, k, v = _heads(layer["attention"], _norm(layer["input_layernorm"], x, config), turns, config)
-        x = _add(layer, x, attend(number, q, k, v, scale=None, window=None), config)
+        x = run(of_config, layer, x, attend, number, turns)
     return _norm(params["final_layer_norm"], x, config)
 
 

@@ -70,14 +70,25 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     """
     found = {}
     for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():
-                    part = handle.get_slice(name)
-                    found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file: {error}") from error
+        found |= stored_in(file)[0]
     return found
+
+
+def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What one safetensors file holds and its metadata, from its header alone.
+
+    Raises:
+        InputError: it is not safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = {}
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+            return found, handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

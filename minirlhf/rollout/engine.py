@@ -73,7 +73,10 @@ class Engine:
         self.model, self.params, self.law, self.slots = model, params, law, slots
         self.queue, self.beginning = deque(parts), beginning
         self.uniform, self.stops, self.answers = uniform, stops, answers
-        self.unembedding = model.unembedding(params)
+        unembedding = model.unembedding(params)
+        # Logits are fp32 products, as the trainer's are: in 16 bits they would be off by 2⁻⁹ of themselves.
+        self.wide = torch.promote_types(unembedding.dtype, torch.float32)
+        self.unembedding = unembedding.to(self.wide) if isinstance(unembedding, Tensor) else unembedding
         self.device, self.limits = stops.device, limits
         self.row, self.position, self.drawn = (np.zeros(0, dtype=np.int64) for _ in range(3))
         self.token, self.sampled = stops.new_zeros(0), 0
@@ -83,7 +86,7 @@ class Engine:
             len(beginning),
             slots,
             limits,
-            dtype=self.unembedding.dtype,
+            dtype=unembedding.dtype,
             device=self.device,
         )
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, what all prompts begin with
@@ -107,7 +110,7 @@ class Engine:
             states = [self._decode()] if len(self.row) else []
             if joining:
                 states.append(self._prefill(joining))
-            logits = torch.nn.functional.linear(torch.cat(states), self.unembedding).float()
+            logits = torch.nn.functional.linear(torch.cat(states).to(self.wide), self.unembedding).float()
             law_logp = self.law(logits)
             if not checked:
                 check_law(law_logp, logits)

@@ -1,8 +1,8 @@
 """The weights that a rollout multiplies by: as they are, packed for the CPU's matrix product, or in 8 bits.
 
-A page in `models/` calls torch's products on whatever lies in its parameters, so a weight can be replaced by
-an object that answers for it (`__torch_function__`); no family knows. What is replaced is made anew in every
-call of the sampler: there is no copy that an update of the parameters could leave behind.
+A weight is replaced by an object that answers for it (`models.stand_in`); no family knows. What is replaced
+is made anew in every call of the sampler: there is no copy that an update of the parameters could leave
+behind. Low-rank adapters are merged first, so that sampling costs what it costs without them.
 
 Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX:
 
@@ -16,7 +16,7 @@ Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores wit
 Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.kernels import cpu
 from minirlhf.kernels.memory import Room
+from minirlhf.models.adapters import adapted_layers, merged
 from minirlhf.models.interface import Params
+from minirlhf.models.stand_in import StandIn
 
 Weights = Callable[[Params, int, int], Params]
 """(parameters, slots, most tokens of a response) -> the parameters to sample with."""
@@ -42,7 +44,7 @@ _MOST_ONEDNN = 128  # slots, from which torch's own was as fast as oneDNN's pack
 
 
 def as_they_are(params: Params, slots: int, steps: int) -> Params:
-    """The parameters themselves."""
+    """The parameters themselves, adapters beside their weights."""
     return params
 
 
@@ -50,10 +52,11 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
     """The same numbers in the layout that the CPU's matrix product likes best, where that pays.
 
     The product is `kernels.cpu`'s where that can be built, otherwise oneDNN's. Packed products sum in another
-    order: logits differ by rounding, as between batch sizes.
+    order: logits differ by rounding, as between batch sizes. Adapters are merged, but not in 16 bits: there
+    W + ΔW would lose most of a small ΔW to rounding, and be another law than the trainer's.
     """
-    leaf = next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
-    if not _packing_pays(leaf.device, slots, steps):
+    params = merged(params) if _merges(params) else params
+    if not _packing_pays(_first(params).device, slots, steps):
         return params
     if cpu.available():
         room = Room("packed weights", _packed_bytes(params))
@@ -62,23 +65,36 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
 
 
 class Copies(NamedTuple):
-    """Bytes of a rollout's own weights: in a room, which goes when nothing uses it; on the heap."""
+    """Bytes of a rollout's own weights: in a room, which goes when nothing uses it; on the heap; and, on the
+    heap too, weights with their adapters added in."""
 
-    room: int
-    heap: int
+    room: int = 0
+    heap: int = 0
+    merged: int = 0
 
 
 def copies_of(weights: Weights, params: Params, slots: int, steps: int, device: torch.device) -> Copies:
     """What `weights`, one of this page, would make of parameters of these shapes on this device."""
+    merges = weights is int8 or (weights is fastest and _merges(params))
+    dense = sum(layer.weight.nbytes for layer in adapted_layers(params).values()) if merges else 0
     if weights is int8:
         sizes = [leaf.numel() for leaf in tree_leaves(params) if _to_replace(leaf, _ROUNDED)]
         # While one is made: itself over its scales in fp32, and its bytes before they are packed.
-        return Copies(0, sum(sizes) + 5 * max(sizes, default=0))
+        return Copies(heap=sum(sizes) + 5 * max(sizes, default=0), merged=dense)
     if weights is not fastest or not _packing_pays(device, slots, steps):
-        return Copies(0, 0)
+        return Copies(merged=dense)
     if cpu.available():
-        return Copies(_packed_bytes(params), 0)
-    return Copies(0, sum(leaf.nbytes for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})))
+        return Copies(room=_packed_bytes(params), merged=dense)
+    replaced = [leaf.nbytes for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
+    return Copies(heap=sum(replaced), merged=dense)
+
+
+def _first(params: Params) -> Tensor:
+    return next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
+
+
+def _merges(params: Params) -> bool:
+    return _first(params).dtype.itemsize > 2
 
 
 def _packing_pays(device: torch.device, slots: int, steps: int) -> bool:
@@ -104,34 +120,17 @@ def int8(params: Params, slots: int, steps: int) -> Params:
     is quantised by itself, so it does not depend on its batch mates. Biases, norms, attention and embeddings
     keep their precision.
     """
-    return _replaced(params, Int8, _ROUNDED)
+    return _replaced(merged(params), Int8, _ROUNDED)
 
 
-class _Weight(ABC):
-    """A matrix that answers for itself in products, and is the matrix it was made from everywhere else."""
+class _Prepared(StandIn):
+    """A weight that is made into something else at its first product, and multiplied in that form."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        super().__init__(weight)
         self.by_output: dict[bool, Any] = {}  # whether stored [out, in] -> what `prepare` made of it
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.weight, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = list(args)
-        if func is torch.addmm and not kwargs and isinstance(given[2], _Weight):
-            return given[2].product(given[1], given[0], outputs_first=False)
-        if func is F.linear and isinstance(given[1], _Weight):
-            bias = given[2] if len(given) > 2 else (kwargs or {}).get("bias")
-            return given[1].product(given[0], bias, outputs_first=True)
-        plain = tree_map(lambda x: x.weight if isinstance(x, _Weight) else x, (args, kwargs or {}))
-        return func(*plain[0], **plain[1])
-
     def product(self, x: Tensor, bias: Tensor | None, *, outputs_first: bool) -> Tensor:
-        """x @ weight (stored [in, out], or [out, in] if `outputs_first`) + bias."""
         if outputs_first not in self.by_output:
             self.by_output[outputs_first] = self.prepare(self.weight if outputs_first else self.weight.T)
         rows = x.reshape(-1, x.shape[-1])
@@ -146,8 +145,8 @@ class _Weight(ABC):
         """x [N, in] -> [N, out]."""
 
 
-class Packed(_Weight):
-    """Panels of the width of the processor's registers; see kernels/native/product.cpp."""
+class Packed(_Prepared):
+    """Panels of the width of the processor's registers; see kernels/native/product.cpp and tiles.cpp."""
 
     def __init__(self, weight: Tensor, *, room: Room) -> None:
         super().__init__(weight)
@@ -158,15 +157,15 @@ class Packed(_Weight):
             return super().product(x, bias, outputs_first=outputs_first)
         return F.linear(x, self.weight if outputs_first else self.weight.T, bias)
 
-    def prepare(self, matrix: Tensor) -> tuple[Tensor, int]:
+    def prepare(self, matrix: Tensor) -> cpu.PackedMatrix:
         width, depth = matrix.shape
-        return cpu.packed(matrix.T, self.room.take((cpu.packed_size(depth, width),))), width
+        return cpu.packed(matrix.T, self.room.take((cpu.packed_size(depth, width),)))
 
-    def multiply(self, x: Tensor, prepared: tuple[Tensor, int], bias: Tensor | None) -> Tensor:
-        return cpu.product(x, *prepared, bias)
+    def multiply(self, x: Tensor, prepared: cpu.PackedMatrix, bias: Tensor | None) -> Tensor:
+        return cpu.product(x, prepared, bias)
 
 
-class Reordered(_Weight):
+class Reordered(_Prepared):
     """oneDNN's blocked layout, chosen for `rows` rows."""
 
     def __init__(self, weight: Tensor, *, rows: int) -> None:
@@ -180,7 +179,7 @@ class Reordered(_Weight):
         return torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
 
 
-class Int8(_Weight):
+class Int8(_Prepared):
     """Rounded to 8 bits; see `int8`."""
 
     def prepare(self, matrix: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -211,7 +210,7 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale).round_().to(torch.int8), scale
 
 
-def _replaced(params: Params, kind: Callable[[Tensor], _Weight], dtypes: set[torch.dtype]) -> Params:
+def _replaced(params: Params, kind: Callable[[Tensor], _Prepared], dtypes: set[torch.dtype]) -> Params:
     return tree_map(lambda leaf: kind(leaf.detach()) if _to_replace(leaf, dtypes) else leaf, params)
 
 

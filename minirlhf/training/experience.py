@@ -14,12 +14,14 @@ from torch import Tensor
 
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned, scalar
+from minirlhf.models.packing import Packing, hidden, pack
 from minirlhf.objectives.advantages import gae, whiten
 from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
 from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
 from minirlhf.training.offload import Lendable, using
+from minirlhf.training.packed import Pack, together
 
 
 class PolicyRows(Protocol):
@@ -30,6 +32,8 @@ class PolicyRows(Protocol):
     @property
     def mask(self) -> Tensor: ...
     @property
+    def prompt_lengths(self) -> Tensor: ...
+    @property
     def lengths(self) -> Tensor: ...
     @property
     def old_logp(self) -> Tensor: ...
@@ -39,10 +43,12 @@ class PolicyRows(Protocol):
     def score(self) -> Tensor: ...
     @property
     def advantage(self) -> Tensor: ...
+    @property
+    def packing(self) -> Packing | None: ...
 
 
 Rows = TypeVar("Rows", bound=PolicyRows)
-"""A NamedTuple of tensors, [N, T] or [N] each."""
+"""A NamedTuple of tensors, [N, T] or [N] each, and the packing."""
 
 
 class Experience(NamedTuple):
@@ -55,6 +61,7 @@ class Experience(NamedTuple):
     score: [N] the reward of the response, less the missing-EOS penalty.
     reward: [N, T] -β k1, and the score on the last valid token.
     advantage: [N, T] whitened over all N rows; ret: [N, T] the critic's target, formed before whitening.
+    packing: how these rows are computed, once they are a micro-batch; None: as padded rows.
     """
 
     tokens: Tensor
@@ -68,6 +75,7 @@ class Experience(NamedTuple):
     reward: Tensor
     advantage: Tensor
     ret: Tensor
+    packing: Packing | None = None
 
 
 class Sampled(NamedTuple):
@@ -111,7 +119,7 @@ def collect(
         micro_batch_size: rows per forward pass.
 
     Raises:
-        InputError: score has another shape than [N], or is not finite.
+        InputError: score has another shape than [N]; or a score, a log-prob or a value is not finite.
     """
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=temperature)
@@ -120,6 +128,7 @@ def collect(
         reference, lambda near: by_rows(partial(law, near), rollout, micro_batch_size=micro_batch_size)
     )
     old_value = by_rows(partial(value_of, model, critic), rollout, micro_batch_size=micro_batch_size)
+    check_finite(policy=old_logp, reference=ref_logp, critic=old_value)
     penalised = penalised_score(score, rollout, missing_eos_penalty=missing_eos_penalty)
     reward = kl_shaped_reward(penalised, kl_k1(old_logp, ref_logp, mask), mask, beta=kl_coefficient)
     estimate = gae(reward, old_value, mask, gamma=gamma, lam=lam)
@@ -139,34 +148,72 @@ def collect(
 
 
 def logp_of(
-    model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor, *, temperature: float
+    model: LanguageModel,
+    params: Params,
+    tokens: Tensor,
+    mask: Tensor,
+    packing: Packing | None = None,
+    *,
+    temperature: float,
 ) -> Tensor:
     """log π(tokens[b, t] | tokens[b, :t]) of the tempered law where the mask is True, else 0: [B, T] nats."""
-    states = aligned(model.hidden(params, tokens))
+    states = aligned(hidden(model, params, tokens, packing))
     return token_logp(states, model.unembedding(params), tokens, mask, temperature=temperature)
 
 
-def value_of(model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor) -> Tensor:
+def value_of(
+    model: LanguageModel, params: Params, tokens: Tensor, mask: Tensor, packing: Packing | None = None
+) -> Tensor:
     """V *before* token t, from the state that predicts it, where the mask is True, else 0: [B, T]."""
-    return select(scalar(params, aligned(model.hidden(params, tokens))), mask)
+    return select(scalar(params, aligned(hidden(model, params, tokens, packing))), mask)
 
 
-def take_rows(experience: Rows, index: Tensor) -> Rows:
-    """The rows at `index` [K] of every field alike, trimmed to the longest of them."""
-    longest = int(experience.lengths[index].max())
+def take_rows(experience: Rows, index: Tensor, *, pack: Pack = pack) -> Rows:
+    """The rows at `index` [K] of every field alike, trimmed to the longest of them, packed where it pays."""
+    lengths = experience.lengths[index]
+    longest = int(lengths.max())
     fields: Any = experience
-    return type(fields)(*(field[index, :longest] if field.ndim == 2 else field[index] for field in fields))
+    taken = {
+        name: field[index, :longest] if field.ndim == 2 else field[index]
+        for name, field in fields._asdict().items()
+        if name != "packing"
+    }
+    return type(fields)(**taken, packing=pack(taken["tokens"], lengths))
 
 
-def by_rows(read: Callable[[Tensor, Tensor], Tensor], rollout: Rollout, *, micro_batch_size: int) -> Tensor:
-    """read(tokens [b, t], response mask [b, t]) -> [b, t] a few rows at a time, without padding beyond their
-    longest: [N, T], 0 in what was trimmed."""
+def by_rows(
+    read: Callable[[Tensor, Tensor, Packing | None], Tensor], rollout: Rollout, *, micro_batch_size: int
+) -> Tensor:
+    """read(tokens [b, t], response mask [b, t], packing) -> [b, t], a few rows of like length or of one
+    prompt at a time: [N, T], 0 in what was trimmed."""
     mask, width, parts = response_mask(rollout), rollout.tokens.shape[1], []
-    for rows in torch.arange(len(mask), device=mask.device).split(micro_batch_size):
-        longest = int(rollout.lengths[rows].max())
-        part = read(rollout.tokens[rows, :longest], mask[rows, :longest])
+    order = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
+    for rows in order.split(micro_batch_size):
+        lengths = rollout.lengths[rows]
+        longest = int(lengths.max())
+        tokens = rollout.tokens[rows, :longest]
+        part = read(tokens, mask[rows, :longest], pack(tokens, lengths))
         parts.append(F.pad(part, (0, width - longest)))
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    return torch.empty_like(found).index_copy(0, order, found)
+
+
+def check_finite(**tables: Tensor) -> None:
+    """Refuses a model's [N, T] numbers, under its name, where one of them is NaN or infinite.
+
+    >>> check_finite(critic=torch.tensor([[0.0, torch.nan]]))
+    Traceback (most recent call last):
+        ...
+    minirlhf.runs.files.InputError: the critic gives nan at row 0, position 1, not a finite number
+    """
+    for name, table in tables.items():
+        wrong = ~table.isfinite()
+        if bool(wrong.any()):
+            row, position = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"the {name} gives {float(table[row, position])} at row {row}, position {position}, "
+                f"not a finite number"
+            )
 
 
 def penalised_score(score: Tensor, rollout: Rollout, *, missing_eos_penalty: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.models.packing import Packing
 from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.group_advantages import (
     group_centred_advantage,
@@ -22,7 +23,7 @@ from minirlhf.objectives.group_advantages import (
 )
 from minirlhf.objectives.masked import select, sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
-from minirlhf.training.experience import by_rows, logp_of, penalised_score
+from minirlhf.training.experience import by_rows, check_finite, logp_of, penalised_score
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.offload import Lendable, using
 from minirlhf.training.ppo_sampling import corrected, prompts_of, respond
@@ -60,6 +61,7 @@ class GroupExperience(NamedTuple):
     score: [N] the reward of the response, less the missing-EOS penalty.
     ret: [N] R: the score less β times the response's log ratio to the reference.
     advantage: [N, T] A of the response on each of its tokens.
+    packing: how these rows are computed, once they are a micro-batch; None: as padded rows.
     """
 
     tokens: Tensor
@@ -71,6 +73,7 @@ class GroupExperience(NamedTuple):
     score: Tensor
     ret: Tensor
     advantage: Tensor
+    packing: Packing | None = None
 
 
 class GroupSampled(NamedTuple):
@@ -157,7 +160,8 @@ def collect(
         score: [N] one number per response, as the scorer gave it.
 
     Raises:
-        InputError: score has another shape than [N], or is not finite.
+        InputError: score has another shape than [N]; or a score or a log-prob is not finite.
+        ValueError: an advantage is not finite.
     """
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=config.temperature)
@@ -165,10 +169,14 @@ def collect(
     ref_logp = using(
         reference, lambda near: by_rows(partial(law, near), rollout, micro_batch_size=config.micro_batch_size)
     )
+    check_finite(policy=old_logp, reference=ref_logp)
     penalised = penalised_score(score, rollout, missing_eos_penalty=config.missing_eos_penalty)
     ret = penalised - config.kl_coefficient * sequence_sum(kl_k1(old_logp, ref_logp, mask), mask)
     table = ret.view(-1, config.samples_per_prompt)  # [P, G]
     advantage = objective.advantages(table, torch.ones_like(table, dtype=torch.bool)).flatten()
+    if not bool(advantage.isfinite().all()):
+        row = int((~advantage.isfinite()).nonzero()[0])
+        raise ValueError(f"{objective.name} gives response {row} the advantage {float(advantage[row])}")
     return GroupExperience(
         tokens=rollout.tokens,
         mask=mask,

@@ -38,11 +38,13 @@ from minirlhf.training.group_experience import (
 from minirlhf.training.group_metrics import sampled_metrics
 from minirlhf.training.group_update import optimise
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
-from minirlhf.training.offload import Lendable
+from minirlhf.training.offload import Lendable, formed
 from minirlhf.training.ppo import Task, best_so_far, check_prompts
 from minirlhf.training.ppo_metrics import learning_metrics
 from minirlhf.training.ppo_sampling import seeded
+from minirlhf.training.ppo_update import gradients_of
 from minirlhf.training.rewards import Scorer
+from minirlhf.training.trained import trained
 from minirlhf.training.update import TrainState, init_state
 
 
@@ -96,7 +98,7 @@ def iteration(
     start = time.perf_counter()
     sampled = sample(
         task.model,
-        state.policy.params,
+        task.policy.computing(state.policy.params),
         task.reference,
         task.scorer,
         task.prompts,
@@ -108,7 +110,14 @@ def iteration(
     )
     order = seeded(seed, "minibatches", state.episode)
     policy, history = optimise(
-        task.model, state.policy, sampled.experience, config, rate=rate, generator=order
+        task.model,
+        state.policy,
+        sampled.experience,
+        config,
+        rate=rate,
+        generator=order,
+        differentiate=task.differentiate,
+        whole=task.policy,
     )
     beta, samples = config.kl_coefficient, config.samples_per_prompt
     of_rollout = sampled_metrics(sampled, samples=samples, kl_coefficient=beta, eos_id=task.stop_ids[0])
@@ -159,9 +168,13 @@ def train(
     """
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
-    task, state = Task(model, reference, scorer, prompts, stops), begin(policy)
-    del policy  # a copy is trained
-    judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
+    actor = trained(model, policy, config, generator=seeded(seed, "policy adapters", 0))
+    differentiate = gradients_of(actor.initial, prompts, config, rows=config.batch_size, name="group")
+    near = formed(reference, actor.frozen)
+    task = Task(model, near, scorer, prompts, stops, differentiate, policy=actor.whole)
+    state, hooks = begin(actor.initial), {"evaluate": evaluate, "keep": keep}
+    del policy, actor  # a copy is trained; without adapters the first tensors are gone where nobody has them
+    judge = partial(best_so_far, criterion=config.metric_for_best_model, whole=task.policy, **hooks)
     best, metrics = judge(None, state.policy.params, 0)
     if log is not None and metrics:
         log(0, metrics)
@@ -175,7 +188,7 @@ def train(
                 show(number, sampled)
         if log is not None:
             log(number, metrics)
-    return best or StageResult(state.policy.params, config.iterations, metrics, [])
+    return best or StageResult(task.policy.kept(state.policy.params), config.iterations, metrics, [])
 
 
 train_rloo = partial(train, objective=RLOO)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.masked import scaled_sum
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GroupExperience
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
 from minirlhf.training.ppo_update import minibatch_step, minibatches, named, surrogate
-from minirlhf.training.update import Loss, TrainState
+from minirlhf.training.trained import FULL, Whole
+from minirlhf.training.update import Differentiate, Loss, TrainState, differentiated
 
 
 def group_loss(model: LanguageModel, config: GroupConfig, *, tolerance: float) -> Loss:
@@ -48,6 +50,8 @@ def optimise(
     *,
     rate: float,
     generator: torch.Generator,
+    differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Epochs of minibatches; the first one is held to the on-policy identities.
 
@@ -56,6 +60,8 @@ def optimise(
     Args:
         rate: factor of the learning rate in this iteration.
         generator: CPU generator of the minibatch order; advanced by one permutation per epoch.
+        differentiate: see `update.Differentiate`.
+        whole: from what is trained to the policy's parameters.
 
     Returns:
         The policy, and the metrics of each minibatch.
@@ -64,11 +70,19 @@ def optimise(
         GuardError: the first minibatch is off-policy.
         NonFiniteError: a loss or a gradient is not finite.
     """
-    tolerance = tolerance_for(policy.params)
-    loss = group_loss(model, config, tolerance=tolerance)
+    tolerance = tolerance_for(whole.cast(policy.params))
+    loss = group_loss(model_of_loss(model, config), config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
-        policy, metrics = minibatch_step(policy, minibatch, loss, config, rate * config.learning_rate)
+        policy, metrics = minibatch_step(
+            policy,
+            minibatch,
+            loss,
+            config,
+            rate * config.learning_rate,
+            whole=whole,
+            differentiate=differentiate,
+        )
         if not history:
             check_first_minibatch(metrics, tolerance=tolerance)
         history.append(named(metrics, "policy"))

@@ -25,7 +25,7 @@ from minirlhf.training.device import device_of, move
 from minirlhf.training.loop import Step, longest_first
 from minirlhf.training.pairs import PairBatch, PairRows, pair_lengths
 from minirlhf.training.progress import progress
-from minirlhf.training.update import Loss, NonFiniteError, gradient
+from minirlhf.training.update import Loss, NonFiniteError, gradient, listed, non_finite
 
 GRADIENT_MEMORY = 2**30
 """Bytes of per-pair gradients at a time."""
@@ -99,6 +99,8 @@ def influence(params: Params, pairs: PairRows, validation: Step, *, loss: Loss) 
     if count < 2:
         raise InputError(f"influence needs at least two training pairs, got {count}")
     target, _, _ = gradient(params, validation.micro_batches, validation.normaliser, loss=loss)
+    if bad := non_finite(target):
+        raise NonFiniteError(0, f"the validation pairs' gradient of {listed(bad)}")
     towards = pytree.tree_leaves(target)
     size = max(1, GRADIENT_MEMORY // sum(leaf.nbytes for leaf in towards))
     order = longest_first(pair_lengths(pairs), torch.arange(count))

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf.kernels.workspace import workspace
+from minirlhf.models.opened import opened
 
 
 class Live(NamedTuple):
@@ -42,18 +43,15 @@ def live_memory(work: Callable[..., Any], *given: Any, device: torch.device) -> 
 
     Args:
         work: must not look at values, as no loss does.
-        given: trees of tensors of any device, whose shapes and types are read and nothing else.
+        given: anything whose tensors `models.opened` finds, of any device; of them shapes and types are read
+            and nothing else. What `work` is closed over must hold no tensor.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-
+    found = opened(given)
     with FakeTensorMode():
-        arguments = pytree.tree_map(fake, given)
-        counter = _Counter(arguments)
+        fakes = [torch.empty(leaf.shape, dtype=leaf.dtype, device=device) for leaf in found.tensors]
+        arguments, counter = found.rebuild(fakes), _Counter(fakes)
         with counter:
             result = work(*arguments)
         return counter.summary(result)

@@ -21,13 +21,18 @@ from torch.utils import _pytree as pytree
 from minirlhf.data.batches import epoch_order
 from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
+from minirlhf.training.device import device_of
+from minirlhf.training.gradients import ComputeConfig, differentiate_by, work_of
 from minirlhf.training.progress import progress
+from minirlhf.training.trained import FULL, TrainedConfig, Whole
 from minirlhf.training.update import (
     Loss,
     NonFiniteError,
     adamw,
     cosine_with_warmup,
     init_state,
+    listed,
+    non_finite,
     update,
 )
 
@@ -43,7 +48,7 @@ Keep = Callable[[Params, Metrics], None]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ComputeConfig, TrainedConfig):
     """What every stage but PPO is told. The names are Hugging Face's where they mean the same."""
 
     learning_rate: float = 2e-5
@@ -80,6 +85,8 @@ class TrainConfig:
     """Optimiser steps over which logged metrics are averaged."""
 
     def __post_init__(self) -> None:
+        ComputeConfig.__post_init__(self)
+        TrainedConfig.__post_init__(self)
         whole = ("epochs", "batch_size", "micro_batch_size", "length_window", "evaluate_every", "log_every")
         for name in (*whole, "max_steps", "patience"):
             value = getattr(self, name)
@@ -119,6 +126,7 @@ class Stage(NamedTuple):
     validation: the whole validation set, cut; its losses and metrics add up like those of a batch.
     metrics: the summed aux of a batch -> scalar tensors under their names.
     shown: names of the metrics on the progress display.
+    layout: the micro-batches of a step -> metrics of how they were laid out (see `packed`).
     """
 
     name: str
@@ -128,12 +136,14 @@ class Stage(NamedTuple):
     validation: Step
     metrics: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     shown: tuple[str, ...]
+    layout: Callable[[Sequence[Any]], dict[str, Tensor]] = lambda micro_batches: {}
 
 
 class StageResult(NamedTuple):
     """What a stage ends with.
 
-    params: the best parameters by the stage's criterion, their own copy.
+    params: the best parameters by the stage's criterion, a copy of what was trained of them; adapted weights
+        are `models.adapters.Adapted`, which `merged` ends.
     best_step: optimiser steps after which they stood.
     metrics: their evaluation.
     history: every evaluation, in order, each with its "step".
@@ -151,6 +161,7 @@ def train_loop(
     config: TrainConfig,
     *,
     generator: torch.Generator,
+    whole: Whole = FULL,
     evaluate: Evaluate | None = None,
     log: Log | None = None,
     keep: Keep | None = None,
@@ -158,16 +169,17 @@ def train_loop(
     """Trains a copy of `params` and returns the best of the evaluated checkpoints, the start among them.
 
     Args:
-        params: on the device to train on; not written to.
+        params: what is trained, on the device to train on; not written to.
         stage: see `Stage`.
         config: see `TrainConfig`.
         generator: order of the data; advanced.
+        whole: from what is trained to the model's parameters, which everything else here takes.
         evaluate: adds to the metrics of each evaluation.
         log: gets the metrics of the last `log_every` steps (means over them), and each evaluation.
         keep: gets each new best; whatever stops the run, what it saved last stays.
 
     Raises:
-        NonFiniteError: a loss, a gradient or the criterion was not finite.
+        NonFiniteError: a loss, a gradient, the validation loss or the criterion was not finite.
         InputError: the criterion is not among the evaluation's metrics.
     """
     total = total_steps(len(stage.lengths), config)
@@ -177,12 +189,24 @@ def train_loop(
     optimiser = partial(
         adamw, betas=(0.9, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
-    judge = partial(_judge, stage=stage, config=config, evaluate=evaluate, log=log, keep=keep)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    judge = partial(_judge, stage=stage, config=config, whole=whole, **hooks)
     state, window, tokens = init_state(params), [], 0
+    work = {
+        "tokens": int(total * config.batch_size * stage.lengths.float().mean()),
+        "passes": total * math.ceil(config.batch_size / config.micro_batch_size),
+    }
+    differentiate = differentiate_by(
+        config.compile,
+        work_of(params, **work),
+        device_of(params),
+        name=stage.name,
+    )
     best, stale = judge(None, state.params, 0), 0
     with progress(stage.name, total) as advance:
         for index in islice(_orders(stage.lengths, config, generator=generator), total):
-            micro_batches, normaliser, read = stage.cut(index)
+            cut, normaliser, read = stage.cut(index)
+            micro_batches = list(cut)
             learning_rate = rate(state.step)
             state, sums = update(
                 state,
@@ -192,8 +216,10 @@ def train_loop(
                 optimiser=optimiser,
                 learning_rate=learning_rate,
                 max_grad_norm=config.max_grad_norm,
+                differentiate=differentiate,
+                whole=whole,
             )
-            window.append(_named(sums, stage))
+            window.append(_named(sums, stage) | stage.layout(micro_batches))
             tokens += read
             last = state.step == total
             shown = None
@@ -271,26 +297,30 @@ def _judge(
     *,
     stage: Stage,
     config: TrainConfig,
+    whole: Whole,
     evaluate: Evaluate | None,
     log: Log | None,
     keep: Keep | None,
 ) -> StageResult:
     """Evaluates `params`; the result is `best`, or a copy of `params` where they are better."""
-    measured = _named(measure(params, stage.validation, loss=stage.loss), stage)
+    measured = _named(measure(whole.computing(params), stage.validation, loss=stage.loss), stage)
     metrics = {f"eval_{name}": value for name, value in _means([measured]).items()}
-    metrics |= {} if evaluate is None else evaluate(params)
+    metrics |= {} if evaluate is None else evaluate(whole.kept(params))
     name = config.metric_for_best_model
     if name not in metrics:
         raise InputError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {name!r}")
-    if not math.isfinite(metrics[name]):
-        raise NonFiniteError(step, f"{name} = {metrics[name]}")
+    for each in ("eval_loss", name):  # NaN rewards still have an accuracy
+        if not math.isfinite(metrics[each]):
+            bad = non_finite(params)
+            why = f"; parameters {listed(bad)}" if bad else ""
+            raise NonFiniteError(step, f"{each} = {metrics[each]}{why}")
     if log is not None:
         log(step, metrics)
     history = [*(best.history if best else []), {"step": float(step), **metrics}]
     sign = -1.0 if name.endswith("loss") else 1.0
     if best is not None and not sign * metrics[name] > sign * best.metrics[name]:
         return best._replace(history=history)
-    copy = pytree.tree_map(torch.clone, params)
+    copy = whole.kept(pytree.tree_map(torch.clone, params))  # of what is trained alone
     if keep is not None:
         keep(copy, metrics)
     return StageResult(copy, step, metrics, history)

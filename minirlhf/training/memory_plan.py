@@ -17,9 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from minirlhf.training.live_memory import Live
+from minirlhf.models.adapters import adapted_layers
+from minirlhf.models.interface import LanguageModel, Params
+from minirlhf.models.opened import opened
+from minirlhf.training.live_memory import Live, live_memory
+from minirlhf.training.loop import TrainConfig
+from minirlhf.training.ppo_config import OnPolicyConfig
+from minirlhf.training.trained import Trained, TrainedConfig, TrainingBytes, Whole, trained, training_bytes
+from minirlhf.training.update import Loss, gradient
 
 
 class Entry(NamedTuple):
@@ -52,6 +59,7 @@ class Plan(NamedTuple):
 
     stage: its name. device: where the entries lie. base: bytes of the process without them; 0 off the CPU.
     phases: in the order in which they come. assumed: what the numbers stand on, one line each.
+    remedies: options that would make it less, and are not in use.
     """
 
     stage: str
@@ -59,6 +67,7 @@ class Plan(NamedTuple):
     base: int
     phases: tuple[Phase, ...]
     assumed: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
     @property
     def totals(self) -> list[int]:
@@ -82,25 +91,87 @@ class Plan(NamedTuple):
         return self.phases[self.totals.index(self.peak)]
 
 
-class Trained(NamedTuple):
-    """A model that is trained: bytes of the parameters that it starts from and that its caller goes on
-    holding (0 where somebody else's entry has them), and of what the optimiser owns a copy of.
+class Learner(NamedTuple):
+    """A model that is trained, by its shapes.
 
-    With adapters `start` is the base and `trained` the adapters alone.
+    owner: its name in the plan. shapes: the parameters that it starts from, on no device.
+    start: their bytes, which the caller goes on holding; 0 where somebody else's entry has them.
+    trained: what is trained of them (with adapters these alone, and the start is their base).
+    size: bytes that training takes. base: of the adapters' base in the precision that is computed in, where
+        that is a copy.
     """
 
     owner: str
+    shapes: Params
     start: int
-    trained: int
+    trained: Trained
+    size: TrainingBytes
+    base: int
 
     def held(self, *, bests: int = 1) -> tuple[Entry, ...]:
         """While it is trained. bests: copies of the best checkpoint, two at the moment of a new one."""
         return (
             Entry(self.owner, "start", self.start),
-            Entry(self.owner, "parameters", self.trained),
-            Entry(self.owner, "moments", 2 * self.trained),
-            *((Entry(self.owner, "best checkpoint", bests * self.trained),) if bests else ()),
+            Entry(self.owner, "base in bf16", self.base),
+            Entry(self.owner, "parameters", self.size.trained),
+            Entry(self.owner, "moments", self.size.optimiser),
+            *((Entry(self.owner, "best checkpoint", bests * self.size.trained),) if bests else ()),
         )
+
+    @property
+    def computing(self) -> Params:
+        """What the model computes with, by shapes."""
+        return self.trained.whole.computing(self.trained.initial)
+
+    @property
+    def kept(self) -> Params:
+        """What is evaluated and saved, by shapes."""
+        return self.trained.whole.kept(self.trained.initial)
+
+    @property
+    def copy(self) -> Entry:
+        """What the trained tree is rounded to, while something is computed with it."""
+        return Entry(self.owner, "copy in bf16", self.size.copy)
+
+    def frozen(self, params: Params | None) -> tuple[Params, int]:
+        """A model that is not trained (None: this one's start) as it is computed with, by shapes, and the
+        bytes that are made for it."""
+        shapes = self.shapes if params is None else shapes_of(params)
+        computed = self.trained.frozen(shapes)
+        there = {id(leaf) for leaf in (*tree_leaves(shapes), *opened(self.trained.whole).tensors)}
+        return computed, bytes_of([leaf for leaf in tree_leaves(computed) if id(leaf) not in there])
+
+
+def learner(
+    owner: str, model: LanguageModel, params: Params, config: TrainedConfig, *, shared: bool = False
+) -> Learner:
+    """What training these parameters takes by this config; nothing is computed, and nothing drawn that
+    anybody sees.
+
+    Args:
+        shared: whether another model's entry has the parameters.
+    """
+    shapes = shapes_of(params)
+    made = trained(model, shapes, config, generator=torch.Generator())
+    size, known = training_bytes(made.initial, made.whole), {id(leaf) for leaf in tree_leaves(shapes)}
+    base = bytes_of([leaf for leaf in opened(made.whole).tensors if id(leaf) not in known])
+    return Learner(owner, shapes, 0 if shared else bytes_of(shapes), made, size, base)
+
+
+def shapes_of(params: Params) -> Params:
+    """The same parameters without their memory."""
+    return tree_map(lambda leaf: torch.empty_like(leaf, device="meta"), params)
+
+
+def remedies_of(config: TrainConfig | OnPolicyConfig) -> tuple[str, ...]:
+    """Options that take less memory than this config's."""
+    found = () if config.activation_recomputation else ("--activation-recomputation",)
+    return found if config.adapter_rank is not None else (*found, "--adapter-rank 8")
+
+
+def uncompiled(config: TrainConfig | OnPolicyConfig) -> tuple[str, ...]:
+    """A line for `Plan.assumed` where steps may be compiled, which is not traced."""
+    return () if config.compile == "off" else ("steps that are not compiled; compiled ones keep less",)
 
 
 def bytes_of(tree: Any) -> int:
@@ -126,22 +197,37 @@ def loading(models: Sequence[tuple[str, int]]) -> Phase:
     return Phase("load", (*entries, Entry("data", "file", max(size for _, size in models), returned=True)))
 
 
-def gradient_phase(name: str, owner: str, live: Live, around: Sequence[Entry]) -> Phase:
-    """Forward and backward, at the moment when most is live."""
-    return Phase(
-        name,
-        (
-            *around,
-            Entry(owner, "gradients", live.kept_at_peak),
-            Entry(owner, "activations", live.passing - live.inside),
-            *((Entry(owner, "log-prob pieces", live.inside),) if live.inside else ()),
-        ),
+def gradient_phases(
+    learner: Learner,
+    loss: Loss,
+    parts: Sequence[Any],
+    normaliser: Tensor,
+    around: Sequence[Entry],
+    *,
+    names: tuple[str, str],
+    device: torch.device,
+) -> list[Phase]:
+    """A minibatch's gradient, at the moment when most is live, and its optimiser step, which is in place.
+
+    Args:
+        parts: its micro-batches. Of more than two, the first two are traced: each later one needs what the
+            second does, a gradient beside the sum so far.
+    """
+
+    def work(whole: Whole, params: Params, parts: Sequence[Any], normaliser: Tensor) -> Any:
+        return gradient(params, parts, normaliser, loss=loss, whole=whole)
+
+    whole, initial, owner = learner.trained.whole, learner.trained.initial, learner.owner
+    live = live_memory(work, whole, initial, list(parts[:2]), normaliser, device=device)
+    of_gradient = (
+        *around,
+        learner.copy,
+        Entry(owner, "gradients", live.kept_at_peak),
+        Entry(owner, "activations", live.passing - live.inside - learner.copy.size),
+        Entry(owner, "log-prob pieces", live.inside),
     )
-
-
-def optimiser_phase(name: str, trained: Trained, live: Live, around: Sequence[Entry]) -> Phase:
-    """The step: where the norm is over the limit, the clipped gradients stand beside the gradients."""
-    return Phase(name, (*around, Entry(trained.owner, "gradients", live.kept + trained.trained)))
+    gradients = Entry(owner, "gradients", live.kept)
+    return [Phase(names[0], of_gradient), Phase(names[1], (*around, gradients))]
 
 
 def forward_phase(name: str, owner: str, live: Live, around: Sequence[Entry]) -> Phase:
@@ -149,9 +235,14 @@ def forward_phase(name: str, owner: str, live: Live, around: Sequence[Entry]) ->
     return Phase(name, (*around, Entry(owner, "activations", live.peak)))
 
 
-def saving(trained: Trained, around: Sequence[Entry]) -> Phase:
-    """A new best beside the old one, and the copy that is written."""
-    return Phase("save", (*around, Entry(trained.owner, "written copy", trained.trained)))
+def saving(learner: Learner, around: Sequence[Entry]) -> Phase:
+    """A new best beside the old one, and the copy that is written: of the whole model, adapters merged."""
+    merged = sum(each.weight.nbytes for each in adapted_layers(learner.kept).values())
+    copies = (
+        Entry(learner.owner, "merged weights", merged),
+        Entry(learner.owner, "written copy", bytes_of(learner.shapes)),
+    )
+    return Phase("save", (*around, *copies))
 
 
 def resident() -> int:

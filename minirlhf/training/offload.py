@@ -43,11 +43,25 @@ def using(params: Lendable, work: Callable[[Params], Result]) -> Result:
     return work(params.move(params.params, params.device))
 
 
+def formed(params: Lendable, form: Callable[[Params], Params]) -> Lendable:
+    """form(parameters); where these wait, so does the result, and nothing is made at each use.
+
+    >>> waiting = Waiting({"w": torch.ones(2)}, torch.device("cpu"))
+    >>> using(formed(waiting, lambda params: {"w": params["w"].half()}), lambda params: params["w"])
+    tensor([1., 1.], dtype=torch.float16)
+    """
+    if not isinstance(params, Waiting):
+        return form(params)
+    return params._replace(params=_locked(form(params.params), params.device))
+
+
 def waiting(params: Params, device: torch.device) -> Waiting:
     """Parameters that lie on the CPU, page-locked where the device is CUDA's; an entry shared is so still."""
-    return Waiting(
-        tree_map(lambda leaf: leaf.pin_memory() if device.type == "cuda" else leaf, params), device
-    )
+    return Waiting(_locked(params, device), device)
+
+
+def _locked(params: Params, device: torch.device) -> Params:
+    return tree_map(lambda leaf: leaf.pin_memory() if device.type == "cuda" else leaf, params)
 
 
 def where_it_waits(setting: Setting) -> Setting:

@@ -16,9 +16,11 @@ from minirlhf.data.records import PairExample, Sequences
 from minirlhf.data.rows import Rows, checked_pair_rows, gather
 from minirlhf.data.spool import LazySequence
 from minirlhf.models.interface import LanguageModel
+from minirlhf.models.packing import Packing, pack
 from minirlhf.runs import InputError
 from minirlhf.training.device import move
 from minirlhf.training.loop import Step, held, longest_first
+from minirlhf.training.packed import Pack, PackedRows, packed
 
 
 class PairRows(NamedTuple):
@@ -39,12 +41,14 @@ class PairBatch(NamedTuple):
     extra: [b] tensors by name.
     slot: [b] the place of each pair in the batch.
     size: B.
+    packing: how the rows are computed; None: as padded rows, each side with a prompt of its own.
     """
 
     rows: Sequences
     extra: dict[str, Tensor]
     slot: Tensor
     size: int
+    packing: Packing | None = None
 
 
 def pair_rows(examples: Sequence[PairExample], *, name: str, model: LanguageModel) -> PairRows:
@@ -64,15 +68,18 @@ def pair_lengths(pairs: PairRows) -> Tensor:
     return torch.maximum(chosen, rejected)
 
 
-def cut_pairs(pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
-    """The pairs at `index` as micro-batches, each padded to its longest row; normalised by pairs."""
+def cut_pairs(
+    pairs: PairRows, index: Tensor, *, micro_batch_size: int, device: torch.device, pack: Pack = pack
+) -> Step:
+    """The pairs at `index` as micro-batches, packed where that pays; normalised by pairs."""
     count, size = len(pairs.rows.lengths) // 2, len(index)
     parts, slots = index.split(micro_batch_size), torch.arange(size).split(micro_batch_size)
 
     def micro_batch(i: int) -> PairBatch:
         rows = gather(pairs.rows, torch.cat([parts[i], parts[i] + count]))
         extra = {key: value[parts[i]] for key, value in pairs.extra.items()}
-        return move(PairBatch(rows, extra, slots[i], size), device)
+        packing = pack(rows.tokens, rows.lengths)
+        return move(PairBatch(rows, extra, slots[i], size, packing), device)
 
     tokens = int(pairs.rows.lengths[index].sum() + pairs.rows.lengths[index + count].sum())
     normaliser = torch.tensor(float(size), device=device)
@@ -94,15 +101,22 @@ def table(batch: PairBatch, **values: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def per_row(
-    function: Callable[[Sequences], Tensor],
+    function: Callable[[PackedRows], Tensor],
     rows: Rows | Sequences,
     *,
     micro_batch_size: int,
     device: torch.device,
+    sides: int = 1,
 ) -> Tensor:
-    """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in order."""
-    lengths = rows.lengths.cpu()
-    order = longest_first(lengths, torch.arange(len(lengths)))
-    parts = order.split(micro_batch_size)
-    found = torch.cat([function(move(gather(rows, part), device)) for part in parts]).cpu()
-    return torch.zeros_like(found).index_copy(0, order, found)
+    """function(rows) -> [B] over many rows, on the CPU: forwarded longest first, returned in order.
+
+    Args:
+        micro_batch_size: most rows per forward pass, but at least one row of every side.
+        sides: 2 where the rows are N pairs, so that both sides of a pair share a forward pass; 1: of none.
+    """
+    longest = rows.lengths.cpu().view(sides, -1).amax(0)
+    order = longest_first(longest, torch.arange(len(longest)))
+    offsets = torch.arange(sides)[:, None] * len(longest)
+    parts = [(part + offsets).flatten() for part in order.split(max(1, micro_batch_size // sides))]
+    found = torch.cat([function(move(packed(gather(rows, part)), device)) for part in parts]).cpu()
+    return torch.zeros_like(found).index_copy(0, torch.cat(parts), found)

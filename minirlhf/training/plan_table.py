@@ -67,10 +67,10 @@ def warning_of(plan: Plan, room: int) -> str:
     sampling = any(entry.what == "KV cache" for entry in plan.fullest.entries)
     first = "fewer --slots or shorter responses" if sampling else "a smaller --micro-batch-size"
     held = sum(entry.size for entry in plan.fullest.entries if entry.what in ("moments", "gradients"))
-    more = "a smaller model, since gradients and moments alone take " + f"{held / 1e9:.2f} GB"
+    why = f" (gradients and moments take {held / 1e9:.2f} GB of it)" if held else ""
     return (
-        f"warning: {plan.stage} is planned to need {plan.peak / 1e9:.2f} GB and {plan.device} has "
-        f"{room / 1e9:.2f} GB; try {first}{', or ' + more if held > room / 2 else ''}"
+        f"warning: {plan.stage} is planned to need {plan.peak / 1e9:.2f} GB{why} and {plan.device} has "
+        f"{room / 1e9:.2f} GB; try {' or '.join((first, *plan.remedies, 'a smaller model'))}"
     )
 
 

@@ -25,13 +25,14 @@ from minirlhf.objectives.divergence import KLController, adapt_kl
 from minirlhf.runs import InputError
 from minirlhf.training.experience import Sampled
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
-from minirlhf.training.offload import Lendable
+from minirlhf.training.offload import Lendable, formed
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
 from minirlhf.training.ppo_sampling import sample, seeded
-from minirlhf.training.ppo_update import Learners, critic_step, minibatches, optimise
+from minirlhf.training.ppo_update import Learners, critic_step, gradients_of, minibatches, optimise
 from minirlhf.training.rewards import Scorer
-from minirlhf.training.update import NonFiniteError, init_state
+from minirlhf.training.trained import FULL, Whole, trained
+from minirlhf.training.update import Differentiate, NonFiniteError, differentiated, init_state
 
 
 class PPOState(NamedTuple):
@@ -61,10 +62,12 @@ class Task(NamedTuple):
     """What PPO is run on, and never changes.
 
     model: policy, reference and critic are parameters of this one model; the critic has a scalar head.
-    reference: π_ref; gets no gradient.
+    reference: π_ref, as it is computed with; gets no gradient.
     scorer: (rollout, prompt_index) -> score [N].
     prompts: token ids of all prompts.
     stop_ids: tokens that end a response; the first is EOS.
+    differentiate: how gradients are computed, see `update.Differentiate`.
+    policy, critic: from what the learners hold to parameters of the model.
     """
 
     model: LanguageModel
@@ -72,10 +75,16 @@ class Task(NamedTuple):
     scorer: Scorer
     prompts: Sequence[Sequence[int]]
     stop_ids: Sequence[int]
+    differentiate: Differentiate = differentiated
+    policy: Whole = FULL
+    critic: Whole = FULL
 
 
 def begin(policy: Params, critic: Params, config: PPOConfig) -> PPOState:
-    """The state before the first episode. Both models are copied: the reference may be `policy` itself."""
+    """The state before the first episode, of what is trained of policy and critic.
+
+    Both are copied: the reference may be `policy` itself.
+    """
     learners = Learners(init_state(policy), init_state(critic))
     return PPOState(learners, KLController(torch.tensor(config.kl_coefficient)), episode=0, early_stops=0)
 
@@ -102,6 +111,9 @@ def iteration(task: Task, state: PPOState, config: PPOConfig, *, seed: int, rate
         config,
         rate=rate,
         generator=seeded(seed, "minibatches", state.episode),
+        differentiate=task.differentiate,
+        policy_whole=task.policy,
+        critic_whole=task.critic,
     )
     metrics = _sampled_metrics(task, state, sampled) | learning_metrics(history)
     after = PPOState(
@@ -160,10 +172,26 @@ def train(
     """
     stops = model.stop_ids if stop_ids is None else stop_ids
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
-    task = Task(model, reference, scorer, prompts, stops)
-    state = begin(policy, critic, config)
-    del policy, critic  # copies are trained; these are gone where the caller has let them go
-    judge = partial(best_so_far, criterion=config.metric_for_best_model, evaluate=evaluate, keep=keep)
+    actor, valuer = (
+        trained(model, start, config, generator=seeded(seed, f"{name} adapters", 0))
+        for name, start in (("policy", policy), ("critic", critic))
+    )
+    differentiate = gradients_of(actor.initial, prompts, config, rows=2 * config.batch_size, name="ppo")
+    task = Task(
+        model,
+        formed(reference, actor.frozen),
+        scorer,
+        prompts,
+        stops,
+        differentiate,
+        policy=actor.whole,
+        critic=valuer.whole,
+    )
+    state = begin(actor.initial, valuer.initial, config)
+    # Copies are trained; without adapters the first tensors are gone where the caller has let them go.
+    del policy, critic, actor, valuer
+    hooks = {"evaluate": evaluate, "keep": keep}
+    judge = partial(best_so_far, criterion=config.metric_for_best_model, whole=task.policy, **hooks)
     best, metrics = judge(None, state.learners.policy.params, 0)
     if log is not None and metrics:
         log(0, metrics)
@@ -182,7 +210,7 @@ def train(
                 show(number, sampled)
         if log is not None:
             log(number, metrics)
-    return best or StageResult(state.learners.policy.params, total, metrics, [])
+    return best or StageResult(task.policy.kept(state.learners.policy.params), total, metrics, [])
 
 
 def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int) -> Iteration:
@@ -195,7 +223,15 @@ def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int
     critic, history = state.learners.critic, []
     order = seeded(seed, "minibatches", state.episode)
     for minibatch in minibatches(sampled.experience, unclipped, generator=order):
-        critic, step_metrics = critic_step(task.model, critic, minibatch, unclipped, rate=1.0)
+        critic, step_metrics = critic_step(
+            task.model,
+            critic,
+            minibatch,
+            unclipped,
+            rate=1.0,
+            differentiate=task.differentiate,
+            whole=task.critic,
+        )
         history.append(step_metrics)
     after = state._replace(
         learners=state.learners._replace(critic=critic), episode=state.episode + config.batch_size
@@ -207,9 +243,9 @@ def pretrain_critic(task: Task, state: PPOState, config: PPOConfig, *, seed: int
 def _sample(task: Task, state: PPOState, config: PPOConfig, *, seed: int) -> Sampled:
     return sample(
         task.model,
-        state.learners.policy.params,
+        task.policy.computing(state.learners.policy.params),
         task.reference,
-        state.learners.critic.params,
+        task.critic.computing(state.learners.critic.params),
         task.scorer,
         task.prompts,
         config,
@@ -233,13 +269,15 @@ def best_so_far(
     criterion: str,
     evaluate: Evaluate | None,
     keep: Keep | None,
+    whole: Whole = FULL,
 ) -> tuple[StageResult | None, Metrics]:
     """The best policy so far, the present one included, and the present one's evaluation.
 
     Args:
         best: of the evaluations before; None at the first.
-        params: the present policy after `number` iterations; copied where it is the best.
+        params: what is trained of the present policy, after `number` iterations; copied where it is the best.
         criterion: evaluation metric, higher is better.
+        whole: from `params` to the policy that is evaluated and kept.
 
     Raises:
         InputError: the evaluation has no such metric.
@@ -247,7 +285,7 @@ def best_so_far(
     """
     if evaluate is None:
         return None, {}
-    metrics = evaluate(params)
+    metrics = evaluate(whole.kept(params))
     if criterion not in metrics:
         raise InputError(
             f"metric_for_best_model: expected one of {', '.join(sorted(metrics))}, got {criterion!r}"
@@ -257,7 +295,7 @@ def best_so_far(
     history = [*(best.history if best else []), {"step": float(number), **metrics}]
     if best is not None and not metrics[criterion] > best.metrics[criterion]:
         return best._replace(history=history), metrics
-    copy = tree_map(torch.clone, params)  # the optimiser goes on writing into its own
+    copy = whole.kept(tree_map(torch.clone, params))  # the optimiser goes on writing into its own
     if keep is not None:
         keep(copy, metrics)
     return StageResult(copy, number, metrics, history), metrics

@@ -6,11 +6,13 @@ What it shares with training by groups of samples (group_config) comes first.
 from dataclasses import dataclass
 
 from minirlhf.runs import InputError
+from minirlhf.training.gradients import ComputeConfig
 from minirlhf.training.mismatch import Precision
+from minirlhf.training.trained import TrainedConfig
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class OnPolicyConfig(ComputeConfig, TrainedConfig):
     """What every stage is told that samples from the policy it trains, with a critic or without.
 
     There is no top-k, top-p or min-p: a filtered new policy can give a sampled token probability 0, and then
@@ -59,6 +61,8 @@ class OnPolicyConfig:
     score - kl_coefficient · KL on validation prompts."""
 
     def __post_init__(self) -> None:
+        ComputeConfig.__post_init__(self)
+        TrainedConfig.__post_init__(self)
         counts = ("iterations", "epochs", "minibatches", "micro_batch_size", "max_response", "evaluate_every")
         self._check_at_least_one(*counts)
         self._check_positive(

@@ -44,6 +44,8 @@ METRICS = {
     "sampler/effective_share": "(Σ w)² / (n Σ w²) of those ratios w: effective share of the n tokens",
     "guard/off_policy_tokens": "share of tokens with |log ratio| above the tolerance at the first minibatch",
     "perf/tokens_per_second": "response tokens sampled and learned from, per second of the iteration",
+    "perf/padding_waste": "share of the positions computed in updates that are padding, averaged likewise",
+    "perf/shared_tokens": "share of the tokens read in updates that another row computes, averaged likewise",
 }
 """Every metric of a PPO iteration and its formula."""
 

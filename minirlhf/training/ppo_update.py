@@ -4,7 +4,8 @@ A loss here is what `training.update` asks for: the sum over a micro-batch divid
 whole minibatch, so that micro-batches add up to exactly the minibatch's token mean.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Generic, NamedTuple
 
@@ -13,14 +14,19 @@ from torch import Tensor
 
 from minirlhf.kernels.logprob import token_logp_and_entropy
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import hidden
 from minirlhf.objectives.divergence import kl_k2, kl_k3
 from minirlhf.objectives.masked import scaled_sum
 from minirlhf.objectives.policy import clip_indicator, clipped_surrogate_loss, log_ratio, ratio
 from minirlhf.objectives.value import clipped_value_loss, value_loss
+from minirlhf.training.device import device_of
 from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
+from minirlhf.training.gradients import differentiate_by, model_of_loss, work_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
+from minirlhf.training.packed import account, pack_for, together
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
-from minirlhf.training.update import Loss, TrainState, adamw, update
+from minirlhf.training.trained import FULL, Whole
+from minirlhf.training.update import Differentiate, Loss, TrainState, adamw, differentiated, update
 
 
 class Learners(NamedTuple):
@@ -75,7 +81,7 @@ def surrogate(
         tolerance: as in `policy_loss`.
     """
     mean = partial(scaled_sum, mask=rows.mask, constant=tokens)
-    states = aligned(model.hidden(params, rows.tokens))
+    states = aligned(hidden(model, params, rows.tokens, rows.packing))
     logp, entropy = token_logp_and_entropy(
         states, model.unembedding(params), rows.tokens, rows.mask, temperature=config.temperature
     )
@@ -101,7 +107,7 @@ def critic_loss(model: LanguageModel, config: PPOConfig) -> Loss:
     """(params, rows, token count) -> coefficient · ½ (V - R)², clipped around the old value, token mean."""
 
     def loss(params: Params, rows: Experience, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value = value_of(model, params, rows.tokens, rows.mask)
+        value = value_of(model, params, rows.tokens, rows.mask, rows.packing)
         plain = value_loss(value, rows.ret, rows.mask)
         if config.value_clip is None:
             element = plain
@@ -122,6 +128,9 @@ def optimise(
     *,
     rate: float,
     generator: torch.Generator,
+    differentiate: Differentiate = differentiated,
+    policy_whole: Whole = FULL,
+    critic_whole: Whole = FULL,
 ) -> tuple[Learners, list[dict[str, float]], bool]:
     """Epochs of minibatches of policy and critic steps.
 
@@ -131,6 +140,8 @@ def optimise(
     Args:
         rate: factor of both learning rates in this iteration.
         generator: CPU generator of the minibatch order; advanced by one permutation per epoch.
+        differentiate: see `update.Differentiate`.
+        policy_whole, critic_whole: from what is trained to the models' parameters.
 
     Returns:
         The learners, the metrics of each minibatch, and whether the target KL stopped the iteration.
@@ -139,16 +150,30 @@ def optimise(
         GuardError: the first minibatch is off-policy.
         NonFiniteError: a loss or a gradient is not finite.
     """
-    tolerance = tolerance_for(learners.policy.params)
-    loss = policy_loss(model, config, tolerance=tolerance)
+    tolerance = tolerance_for(policy_whole.cast(learners.policy.params))
+    loss = policy_loss(model_of_loss(model, config), config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
         policy, policy_metrics = minibatch_step(
-            learners.policy, minibatch, loss, config, rate * config.learning_rate
+            learners.policy,
+            minibatch,
+            loss,
+            config,
+            rate * config.learning_rate,
+            differentiate=differentiate,
+            whole=policy_whole,
         )
         if not history:
             check_first_minibatch(policy_metrics, tolerance=tolerance)
-        critic, critic_metrics = critic_step(model, learners.critic, minibatch, config, rate=rate)
+        critic, critic_metrics = critic_step(
+            model,
+            learners.critic,
+            minibatch,
+            config,
+            rate=rate,
+            differentiate=differentiate,
+            whole=critic_whole,
+        )
         learners = Learners(policy, critic)
         history.append(named(policy_metrics, "policy") | critic_metrics)
         if config.target_kl is not None and history[-1]["policy/approxkl_k3_avg"] > config.target_kl:
@@ -157,19 +182,35 @@ def optimise(
 
 
 def critic_step(
-    model: LanguageModel, critic: TrainState, minibatch: Minibatch, config: PPOConfig, *, rate: float
+    model: LanguageModel,
+    critic: TrainState,
+    minibatch: Minibatch,
+    config: PPOConfig,
+    *,
+    rate: float,
+    differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, float]]:
     """One Adam step on the value loss."""
     learning_rate = rate * config.critic_learning_rate
-    critic, metrics = minibatch_step(critic, minibatch, critic_loss(model, config), config, learning_rate)
+    loss = critic_loss(model_of_loss(model, config), config)
+    critic, metrics = minibatch_step(
+        critic, minibatch, loss, config, learning_rate, differentiate=differentiate, whole=whole
+    )
     return critic, named(metrics, "value")
 
 
 def minibatch_step(
-    state: TrainState, minibatch: Minibatch, loss: Loss, config: OnPolicyConfig, learning_rate: float
+    state: TrainState,
+    minibatch: Minibatch,
+    loss: Loss,
+    config: OnPolicyConfig,
+    learning_rate: float,
+    differentiate: Differentiate = differentiated,
+    whole: Whole = FULL,
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """One optimiser step on one minibatch; metrics are token means over all of it."""
-    return update(
+    """One optimiser step on one minibatch; metrics are token means over all of it, and its layout's."""
+    state, metrics = update(
         state,
         minibatch.micro_batches,
         minibatch.tokens,
@@ -177,20 +218,32 @@ def minibatch_step(
         optimiser=partial(adamw, eps=config.adam_epsilon),
         learning_rate=learning_rate,
         max_grad_norm=config.max_grad_norm,
+        differentiate=differentiate,
+        whole=whole,
     )
+    return state, metrics | account((rows, rows.packing) for rows in minibatch.micro_batches)
 
 
 def minibatches(
     experience: Rows, config: OnPolicyConfig, *, generator: torch.Generator
 ) -> Iterator[Minibatch[Rows]]:
-    """Each epoch's rows in a fresh random order, every row exactly once per epoch."""
+    """Each epoch's rows in a fresh random order, every row exactly once per epoch.
+
+    Within a minibatch the rows' order changes nothing, so that samples of one prompt go side by side, and
+    beyond that rows of like length.
+    """
     rows_in_all = len(experience.tokens)
     if rows_in_all % config.minibatches:
         raise ValueError(f"{config.minibatches} minibatches must divide the {rows_in_all} rows of experience")
     for _ in range(config.epochs):
         order = torch.randperm(rows_in_all, generator=generator).to(experience.tokens.device)
-        for rows in order.split(rows_in_all // config.minibatches):
-            parts = [take_rows(experience, part) for part in rows.split(config.micro_batch_size)]
+        for drawn in order.split(rows_in_all // config.minibatches):
+            fields = experience.tokens, experience.prompt_lengths, experience.lengths
+            rows = drawn[together(*(field[drawn] for field in fields))]
+            parts = [
+                take_rows(experience, part, pack=pack_for(config))
+                for part in rows.split(config.micro_batch_size)
+            ]
             yield Minibatch(parts, experience.mask[rows].sum())
 
 
@@ -198,3 +251,18 @@ def named(metrics: dict[str, Tensor], model: str) -> dict[str, float]:
     """The update's own two metrics under names that say whose they are; `loss` is in the aux already."""
     own = {"grad_norm": f"{model}/grad_norm_avg"}
     return {own.get(name, name): float(value) for name, value in metrics.items() if name != "loss"}
+
+
+def gradients_of(
+    params: Params, prompts: Sequence[Sequence[int]], config: OnPolicyConfig, *, rows: int, name: str
+) -> Differentiate:
+    """How a stage computes its gradients, by `config.compile`.
+
+    Args:
+        params: of the policy, on the device to train on.
+        rows: read by all gradients of an epoch, those of a critic too.
+    """
+    rows *= config.iterations * config.epochs
+    length = sum(map(len, prompts)) / len(prompts) + config.max_response
+    work = work_of(params, tokens=int(rows * length), passes=math.ceil(rows / config.micro_batch_size))
+    return differentiate_by(config.compile, work, device_of(params), name=name)

@@ -18,8 +18,11 @@ from minirlhf.data.records import PairExample, Sequences
 from minirlhf.data.rows import Rows
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import hidden
 from minirlhf.objectives.masked import sequence_sum
+from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.guards import GuardError, tolerance_for
 from minirlhf.training.loop import (
     Evaluate,
@@ -31,6 +34,7 @@ from minirlhf.training.loop import (
     measure,
     train_loop,
 )
+from minirlhf.training.packed import PackedRows, layout_metrics, pack_for
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
     DPOConfig,
@@ -52,6 +56,7 @@ from minirlhf.training.pairs import (
     per_row,
     table,
 )
+from minirlhf.training.trained import Trained, trained
 
 
 def train_dpo(
@@ -141,14 +146,14 @@ def train(
         keep: see `loop.Keep`.
 
     Raises:
-        InputError: a set is empty, or a pair is unusable.
+        InputError: a set is empty, a pair is unusable, or a log-prob of the reference is not finite.
         GuardError: policy and reference differ at the start (see `PreferenceConfig.start_at_reference`).
         NonFiniteError: a loss or gradient was not finite.
     """
-    size = config.micro_batch_size
-    referred = refer(model, ref_params, train_pairs, validation_pairs, micro_batch_size=size)
+    start, size = trained(model, params, config, generator=generator), config.micro_batch_size
+    referred = refer(model, start.frozen(ref_params), train_pairs, validation_pairs, micro_batch_size=size)
     hooks = {"evaluate": evaluate, "log": log, "keep": keep}
-    return train_referred(model, params, referred, config, objective, generator=generator, **hooks)
+    return train_referred(model, start, referred, config, objective, generator=generator, **hooks)
 
 
 class Referred(NamedTuple):
@@ -166,10 +171,10 @@ def refer(
     *,
     micro_batch_size: int,
 ) -> Referred:
-    """The first half of `train`: the reference reads all pairs once.
+    """The first half of `train`: the reference, as `Trained.frozen` makes it, reads all pairs once.
 
     Raises:
-        InputError: a set is empty, or a pair is unusable.
+        InputError: a set is empty, a pair is unusable, or a log-prob of the reference is not finite.
     """
     read = partial(with_reference, model, ref_params, micro_batch_size=micro_batch_size)
     sets = ((train_pairs, "training"), (validation_pairs, "validation"))
@@ -178,7 +183,7 @@ def refer(
 
 def train_referred(
     model: LanguageModel,
-    params: Params,
+    start: Trained,
     referred: Referred,
     config: PreferenceConfig,
     objective: PairObjective,
@@ -189,21 +194,23 @@ def train_referred(
     keep: Keep | None = None,
 ) -> StageResult:
     """The second half of `train`, whose arguments and errors these are; the reference may be gone by now."""
-    device, size = device_of(params), config.micro_batch_size
+    device, size = device_of(start.initial), config.micro_batch_size
     pairs, held_out = referred
     stage = Stage(
         name=objective.name,
-        loss=partial(loss, model=model, objective=objective),
+        loss=partial(loss, model=model_of_loss(model, config), objective=objective),
         lengths=pair_lengths(pairs),
-        cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
+        cut=partial(cut_pairs, pairs, micro_batch_size=size, device=device, pack=pack_for(config)),
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "rewards/accuracies", "rewards/margins"),
+        layout=layout_metrics,
     )
     if config.start_at_reference:
         first = stage.cut(torch.arange(min(len(stage.lengths), config.batch_size)))
-        check_start(params, first, objective, loss=stage.loss)
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+        check_start(start.whole.computing(start.initial), first, objective, loss=stage.loss)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(
@@ -218,7 +225,7 @@ def loss(
         model: the family and its config.
         objective: see `PairObjective`.
     """
-    chosen, rejected = sequence_logp(model, params, batch.rows).chunk(2)
+    chosen, rejected = sequence_logp(model, params, PackedRows(batch.rows, batch.packing)).chunk(2)
     chosen_length, rejected_length = batch.rows.mask.sum(1).chunk(2)
     ref_chosen, ref_rejected = batch.extra["ref_chosen"], batch.extra["ref_rejected"]
     logps = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length)
@@ -241,18 +248,24 @@ def metrics(values: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def sequence_logp(model: LanguageModel, params: Params, rows: Sequences) -> Tensor:
+def sequence_logp(model: LanguageModel, params: Params, batch: PackedRows) -> Tensor:
     """log π(y|x) [B] in nats, summed over the tokens under the mask."""
-    states = aligned(model.hidden(params, rows.tokens))
-    return sequence_sum(token_logp(states, model.unembedding(params), rows.tokens, rows.mask), rows.mask)
+    tokens, mask = batch.rows.tokens, batch.rows.mask
+    states = aligned(hidden(model, params, tokens, batch.packing))
+    return sequence_sum(token_logp(states, model.unembedding(params), tokens, mask), mask)
 
 
 def reference_logps(
-    model: LanguageModel, ref_params: Params, rows: Rows | Sequences, *, micro_batch_size: int
+    model: LanguageModel,
+    ref_params: Params,
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int,
+    sides: int = 1,
 ) -> Tensor:
-    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient."""
-    logp = partial(sequence_logp, model, ref_params)
-    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device_of(ref_params))
+    """log π_ref(y|x) [B] of rows, on the CPU, without a gradient; sides as in `pairs.per_row`."""
+    logp, device = partial(sequence_logp, model, ref_params), device_of(ref_params)
+    return per_row(logp, rows, micro_batch_size=micro_batch_size, device=device, sides=sides)
 
 
 def check_start(
@@ -292,7 +305,18 @@ def check_start(
 def with_reference(
     model: LanguageModel, ref_params: Params, pairs: PairRows, *, micro_batch_size: int
 ) -> PairRows:
-    """The pairs with what `loss` reads of the reference, its log-probs."""
-    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size)
+    """The pairs with what `loss` reads of the reference, its log-probs.
+
+    Raises:
+        InputError: one of them is not finite.
+    """
+    logps = reference_logps(model, ref_params, pairs.rows, micro_batch_size=micro_batch_size, sides=2)
+    if not bool(logps.isfinite().all()):
+        row, count = int((~logps.isfinite()).nonzero()[0]), len(logps) // 2
+        side = "rejected" if row >= count else "chosen"
+        raise InputError(
+            f"pair {row % count}: the reference gives its {side} response the log-prob {float(logps[row])}, "
+            f"not a finite number"
+        )
     ref_chosen, ref_rejected = logps.chunk(2)
     return pairs._replace(extra={"ref_chosen": ref_chosen, "ref_rejected": ref_rejected})

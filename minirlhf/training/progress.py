@@ -20,6 +20,11 @@ class Advance(Protocol):
         ...
 
 
+def note(text: str) -> None:
+    """One line about the run, on stderr."""
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(
     title: str, total: int, *, console: Console | None = None, plain_every: float = 10.0

@@ -24,6 +24,7 @@ from minirlhf.objectives.ranking import bradley_terry_loss
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.loop import (
     Evaluate,
     Keep,
@@ -33,8 +34,10 @@ from minirlhf.training.loop import (
     TrainConfig,
     train_loop,
 )
+from minirlhf.training.packed import PackedRows, layout_metrics, pack_for
 from minirlhf.training.pairs import PairBatch, cut_all, cut_pairs, pair_lengths, pair_rows, per_row, table
 from minirlhf.training.rewards import raw_score
+from minirlhf.training.trained import trained
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def train(
         keep: see `loop.Keep`.
 
     Raises:
-        InputError: a set is empty, a pair is unusable, or the margins are not one per pair.
+        InputError: a set is empty, a pair is unusable, or the margins are not one finite number per pair.
         NonFiniteError: a loss or gradient was not finite.
     """
     device, size = device_of(params), config.micro_batch_size
@@ -89,22 +92,28 @@ def train(
     if margins is not None:
         if margins.shape != (len(train_pairs),):
             raise InputError(f"expected {len(train_pairs)} margins, got shape {list(margins.shape)}")
+        if not bool(margins.isfinite().all()):
+            pair = int((~margins.isfinite()).nonzero()[0])
+            raise InputError(f"the margin of pair {pair} is {float(margins[pair])}, not a finite number")
         pairs = pairs._replace(extra={"margin": margins.cpu()})
     stage = Stage(
         name="reward",
         loss=partial(
             loss,
-            model=model,
+            model=model_of_loss(model, config),
             label_smoothing=config.label_smoothing,
             center_rewards_coefficient=config.center_rewards_coefficient,
         ),
         lengths=pair_lengths(pairs),
-        cut=lambda index: cut_pairs(pairs, index, micro_batch_size=size, device=device),
+        cut=partial(cut_pairs, pairs, micro_batch_size=size, device=device, pack=pack_for(config)),
         validation=cut_all(held_out, micro_batch_size=size, device=device),
         metrics=metrics,
         shown=("loss", "accuracy", "margin"),
+        layout=layout_metrics,
     )
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+    start = trained(model, params, config, generator=generator)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(
@@ -126,7 +135,8 @@ def loss(
         label_smoothing: see `RewardConfig`.
         center_rewards_coefficient: see `RewardConfig`.
     """
-    chosen, rejected = raw_score(model, params, batch.rows.tokens, batch.rows.lengths).chunk(2)
+    rewards = raw_score(model, params, batch.rows.tokens, batch.rows.lengths, batch.packing)
+    chosen, rejected = rewards.chunk(2)
     losses = bradley_terry_loss(
         chosen, rejected, margin=batch.extra.get("margin"), label_smoothing=label_smoothing
     )
@@ -149,14 +159,20 @@ def metrics(rewards: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scores(
-    model: LanguageModel, params: Params, rows: Rows | Sequences, *, micro_batch_size: int = 64
+    model: LanguageModel,
+    params: Params,
+    rows: Rows | Sequences,
+    *,
+    micro_batch_size: int = 64,
+    sides: int = 1,
 ) -> Tensor:
-    """Raw rewards [B] of rows, on the CPU, without a gradient."""
+    """Raw rewards [B] of rows, on the CPU, without a gradient; sides as in `pairs.per_row`."""
 
-    def score(part: Sequences) -> Tensor:
-        return raw_score(model, params, part.tokens, part.lengths)
+    def score(part: PackedRows) -> Tensor:
+        return raw_score(model, params, part.rows.tokens, part.rows.lengths, part.packing)
 
-    return per_row(score, rows, micro_batch_size=micro_batch_size, device=device_of(params))
+    size, device = micro_batch_size, device_of(params)
+    return per_row(score, rows, micro_batch_size=size, device=device, sides=sides)
 
 
 def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) -> Normalisation:
@@ -165,11 +181,14 @@ def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) ->
     The variance divides by N. With rollouts of SFT, a score of 1 is one standard deviation above its mean.
 
     Raises:
-        InputError: fewer than two rollouts, or all with the same reward.
+        InputError: fewer than two rollouts, all with the same reward, or a reward that is not finite.
     """
     mask = torch.zeros_like(rollouts.tokens, dtype=torch.bool)  # rewards read no mask
     rows = Sequences(rollouts.tokens, mask, rollouts.prompt_lengths, rollouts.lengths)
     raw = scores(model, params, rows).double()
+    if not bool(raw.isfinite().all()):
+        row = int((~raw.isfinite()).nonzero()[0])
+        raise InputError(f"the reward model gives rollout {row} the reward {float(raw[row])}")
     shift, scale = float(raw.mean()), float(raw.std(correction=0)) if len(raw) > 1 else 0.0
     if not scale > 0:
         raise InputError(
@@ -181,7 +200,7 @@ def normalise_reward(model: LanguageModel, params: Params, rollouts: Rollout) ->
 def accuracy(model: LanguageModel, params: Params, pairs: Sequence[PairExample]) -> float:
     """Share of the pairs whose chosen response has the higher reward; equal rewards count as wrong."""
     rows = pair_rows(pairs, name="preference", model=model).rows
-    chosen, rejected = scores(model, params, rows).chunk(2)
+    chosen, rejected = scores(model, params, rows, sides=2).chunk(2)
     return float((chosen > rejected).float().mean())
 
 

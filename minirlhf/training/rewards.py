@@ -13,8 +13,10 @@ from torch import Tensor
 from minirlhf.data.records import RewardFn
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params, scalar
+from minirlhf.models.packing import Packing, hidden, pack
 from minirlhf.rollout.sampler import Rollout, responses
 from minirlhf.training.offload import Lendable, using
+from minirlhf.training.packed import together
 
 Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
@@ -54,22 +56,29 @@ def reward_model_scorer(
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
         del prompt_index  # the prompt is in the ids
-        parts = zip(
-            rollout.tokens.split(micro_batch_size), rollout.lengths.split(micro_batch_size), strict=True
-        )
+        order = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
 
-        def read(here: Params) -> list[Tensor]:
-            return [raw_score(model, here, ids[:, : int(lengths.max())], lengths) for ids, lengths in parts]
+        def read(here: Params) -> Tensor:
+            raw = []
+            for rows in order.split(micro_batch_size):
+                lengths = rollout.lengths[rows]
+                tokens = rollout.tokens[rows, : int(lengths.max())]
+                raw.append(raw_score(model, here, tokens, lengths, pack(tokens, lengths)))
+            return torch.cat(raw)
 
-        return (torch.cat(using(params, read)) - normalisation.shift) / normalisation.scale
+        in_order = using(params, read)
+        scores = torch.empty_like(in_order).index_copy_(0, order, in_order)
+        return (scores - normalisation.shift) / normalisation.scale
 
     return torch.no_grad()(score)
 
 
-def raw_score(model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
+def raw_score(
+    model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor, packing: Packing | None = None
+) -> Tensor:
     """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
-    row = torch.arange(len(tokens), device=tokens.device)
-    return scalar(params, model.hidden(params, tokens)[row, lengths - 1])
+    row = torch.arange(tokens.shape[0], device=tokens.device)  # not len(): see kernels.passes.fits
+    return scalar(params, hidden(model, params, tokens, packing)[row, lengths - 1])
 
 
 def text_scorer(

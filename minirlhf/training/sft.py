@@ -14,15 +14,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.data.records import Example, Sequences
+from minirlhf.data.records import Example
 from minirlhf.data.rows import Rows, checked_rows, gather
 from minirlhf.data.spool import LazySequence
 from minirlhf.kernels.logprob import token_report
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import hidden, pack
 from minirlhf.objectives.masked import token_sum
 from minirlhf.objectives.supervised import token_loss
 from minirlhf.runs import InputError
 from minirlhf.training.device import device_of, move
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.loop import (
     Evaluate,
     Keep,
@@ -35,6 +37,8 @@ from minirlhf.training.loop import (
     longest_first,
     train_loop,
 )
+from minirlhf.training.packed import Pack, PackedRows, layout_metrics, pack_for, packed
+from minirlhf.training.trained import trained
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ def train(
     held_out = _rows(validation_examples, "validation", model)
     stage = Stage(
         name=name,
-        loss=partial(loss, model=model),
+        loss=partial(loss, model=model_of_loss(model, config)),
         lengths=rows.lengths,
-        cut=lambda index: cut(rows, index, micro_batch_size=config.micro_batch_size, device=device),
+        cut=partial(
+            cut, rows, micro_batch_size=config.micro_batch_size, device=device, pack=pack_for(config)
+        ),
         validation=held(
             cut(
                 held_out,
@@ -96,12 +102,15 @@ def train(
         ),
         metrics=dict,
         shown=("loss", "mean_token_accuracy"),
+        layout=layout_metrics,
     )
-    return train_loop(params, stage, config, generator=generator, evaluate=evaluate, log=log, keep=keep)
+    start = trained(model, params, config, generator=generator)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)
 
 
 def loss(
-    params: Params, batch: Sequences, normaliser: Tensor, *, model: LanguageModel
+    params: Params, batch: PackedRows, normaliser: Tensor, *, model: LanguageModel
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the token-mean loss, accuracy and entropy.
 
@@ -111,18 +120,21 @@ def loss(
         normaliser: [] trained tokens of the whole batch.
         model: the family and its config.
     """
-    states, unembedding = aligned(model.hidden(params, batch.tokens)), model.unembedding(params)
-    report = token_report(states, unembedding, batch.tokens, batch.mask)
-    return token_sum(token_loss(report.logp, batch.mask), batch.mask) / normaliser, {
+    tokens, mask = batch.rows.tokens, batch.rows.mask
+    states = aligned(hidden(model, params, tokens, batch.packing))
+    report = token_report(states, model.unembedding(params), tokens, mask)
+    return token_sum(token_loss(report.logp, mask), mask) / normaliser, {
         "mean_token_accuracy": report.is_argmax.sum() / normaliser,
-        "entropy": token_sum(report.entropy, batch.mask) / normaliser,
+        "entropy": token_sum(report.entropy, mask) / normaliser,
     }
 
 
-def cut(rows: Rows, index: Tensor, *, micro_batch_size: int, device: torch.device) -> Step:
-    """The rows at `index` as micro-batches, each padded to its longest row; normalised by trained tokens."""
+def cut(rows: Rows, index: Tensor, *, micro_batch_size: int, device: torch.device, pack: Pack = pack) -> Step:
+    """The rows at `index` as micro-batches, packed where that pays; normalised by trained tokens."""
     parts = index.split(micro_batch_size)
-    micro_batches = LazySequence(len(parts), lambda i: move(gather(rows, parts[i]), device))
+    micro_batches = LazySequence(
+        len(parts), lambda i: move(packed(gather(rows, parts[i]), pack=pack), device)
+    )
     trained = rows.counted[index].sum().to(device, torch.float32)
     return Step(micro_batches, trained, int(rows.lengths[index].sum()))
 

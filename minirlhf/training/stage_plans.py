@@ -1,12 +1,12 @@
 """The memory plans of the stages: which phases they have, and what lives in each.
 
-A step is traced on the longest batch that the data has (`live_memory`), so the plan is an upper bound for
-other batches. A plan reads shapes, types and lengths; it computes nothing and draws nothing.
+A step is traced on the longest batch that the data has (`live_memory`), packed as the stage packs it. Another
+batch may share fewer tokens and take up to what its padded rows take. A plan reads shapes, types, lengths and
+what rows begin with alike; it computes nothing and draws nothing.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -15,28 +15,32 @@ from minirlhf.data.rows import checked_rows
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.footprint import Footprint, footprint
 from minirlhf.training import preference, reward_model, sft
+from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.live_memory import live_memory, without_gradient
 from minirlhf.training.loop import Step, TrainConfig, longest_first
 from minirlhf.training.memory_plan import (
     Entry,
+    Learner,
     Phase,
     Plan,
-    Trained,
     base_of,
     bytes_of,
     forward_phase,
-    gradient_phase,
+    gradient_phases,
+    learner,
     loading,
-    optimiser_phase,
+    remedies_of,
     saving,
+    uncompiled,
 )
+from minirlhf.training.packed import Batch, PackedRows, pack_for
 from minirlhf.training.pair_objectives import PairObjective, PreferenceConfig
 from minirlhf.training.pairs import cut_pairs, pair_lengths, pair_rows
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.samples import shown_prompts
 from minirlhf.training.setting import NormaliseConfig
 from minirlhf.training.sft import SFTConfig
-from minirlhf.training.update import Loss, gradient
+from minirlhf.training.update import Loss
 
 _CPU = torch.device("cpu")  # where micro-batches are cut; only their shapes are read
 
@@ -57,10 +61,15 @@ def sft_plan(
     for examples, count in ((train, config.batch_size), (validation, config.micro_batch_size)):
         rows = checked_rows(examples, vocab_size=model.config.vocab_size)
         index = longest_first(rows.lengths, torch.arange(len(rows.lengths)))[:count]
-        steps.append(sft.cut(rows, index, micro_batch_size=config.micro_batch_size, device=_CPU))
+        size, pack = config.micro_batch_size, pack_for(config)
+        steps.append(sft.cut(rows, index, micro_batch_size=size, device=_CPU, pack=pack))
     step, held_out = steps
-    loss = partial(sft.loss, model=model)
-    return _loop_plan(name, model, params, loss, step, held_out, prompts, device=device)
+    loss, policy = (
+        partial(sft.loss, model=model_of_loss(model, config)),
+        learner("policy", model, params, config),
+    )
+    plan = _loop_plan(name, model, policy, loss, step, held_out, prompts, config, device=device)
+    return plan._replace(base=base_of(device, params))
 
 
 def preference_plan(
@@ -80,14 +89,24 @@ def preference_plan(
         _longest_pairs(pairs, count, config, model, ("ref_chosen", "ref_rejected"))
         for pairs, count in ((train, config.batch_size), (validation, config.micro_batch_size))
     )
-    loss = partial(preference.loss, model=model, objective=objective)
-    plan = _loop_plan(objective.name, model, params, loss, step, held_out, prompts, device=device)
-    size, other = bytes_of(params), 0 if reference is params else bytes_of(reference)
+    loss = partial(preference.loss, model=model_of_loss(model, config), objective=objective)
+    policy, other = (
+        learner("policy", model, params, config),
+        0 if reference is params else bytes_of(reference),
+    )
+    plan = _loop_plan(objective.name, model, policy, loss, step, held_out, prompts, config, device=device)
+    near, made = policy.frozen(None if reference is params else reference)
+    rows = step.micro_batches[0]
     logps = without_gradient(partial(preference.sequence_logp, model))
-    live = live_memory(logps, reference, step.micro_batches[0].rows, device=device)
-    around = (Entry("policy", "start", size), Entry("reference", "start", other))
+    live = live_memory(logps, near, PackedRows(rows.rows, rows.packing), device=device)
+    around = (
+        Entry("policy", "start", policy.start),
+        Entry("policy", "base in bf16", policy.base),
+        Entry("reference", "start", other),
+        Entry("reference", "copy in bf16", made),
+    )
     first = (
-        loading([("policy", size), ("reference", other)]),
+        loading([("policy", policy.start), ("reference", other)]),
         forward_phase("refer", "reference", live, around),
     )
     return plan._replace(base=base_of(device, params, reference), phases=(*first, *plan.phases[1:]))
@@ -112,18 +131,20 @@ def reward_plan(
     )
     loss = partial(
         reward_model.loss,
-        model=model,
+        model=model_of_loss(model, config),
         label_smoothing=config.label_smoothing,
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
-    plan = _loop_plan("reward", model, params, loss, step, held_out, (), device=device)
+    judge = learner("policy", model, params, config)
+    plan = _loop_plan("reward", model, judge, loss, step, held_out, (), config, device=device)
     response = min(normalise.max_response, model.config.n_positions - 1)
     some = [ids for ids in prompts if len(ids) <= model.config.n_positions - response][: normalise.rollouts]
     asked = [some[i % len(some)] for i in range(normalise.rollouts)] if some else []
     around = (
-        Entry("policy", "start", bytes_of(backbone)),
-        Entry("reward model", "best checkpoint", bytes_of(params)),
+        Entry("policy", "start", judge.start),
+        Entry("reward model", "best checkpoint", judge.size.trained),
     )
+    plan = plan._replace(base=base_of(device, params, backbone))
     if not asked:
         return plan
     sampled = footprint(model, backbone, asked, max_new_tokens=response, device=device)
@@ -145,49 +166,51 @@ def rollout_phase(
     live = live_memory(without_gradient(model.hidden), params, tokens, device=device)
     in_rooms = device.type == "cpu"
     entries = (
+        Entry("policy", "merged weights", sampled.copies.merged),
         Entry("policy", "packed weights", sampled.copies.room, in_rooms),
         Entry("policy", "8-bit weights", sampled.copies.heap),
         Entry("policy", "KV cache", sampled.cache, in_rooms),
         Entry("policy", "activations", max(live.peak, sampled.tables)),
     )
-    return Phase(name, (*around, *(entry for entry in entries if entry.size)))
+    return Phase(name, (*around, *entries))
 
 
 def _loop_plan(
     name: str,
     model: LanguageModel,
-    params: Params,
+    policy: Learner,
     loss: Loss,
     step: Step,
     held_out: Step,
     prompts: Sequence[Sequence[int]],
+    config: TrainConfig,
     *,
     device: torch.device,
 ) -> Plan:
-    """Of `loop.train_loop` on these parameters; samples of the prompts are shown at each evaluation."""
-    size = bytes_of(params)
-    trained = Trained("policy", size, size)
-    # Of micro-batches after the second, each needs what the second does: a gradient beside the sum so far.
+    """Of `loop.train_loop` on this learner, but for the base; samples are shown at each evaluation."""
     parts = [step.micro_batches[i] for i in range(min(2, len(step.micro_batches)))]
-    live = live_memory(partial(gradient, loss=loss), params, parts, step.normaliser, device=device)
-    part = held_out.micro_batches[0]
-    judged = live_memory(without_gradient(loss), params, part, held_out.normaliser, device=device)
-    around, shown = trained.held(), []
+    around, shown = policy.held(), []
+    judged = live_memory(
+        without_gradient(loss),
+        policy.computing,
+        held_out.micro_batches[0],
+        held_out.normaliser,
+        device=device,
+    )
     fitting, most = shown_prompts(model, prompts)
     if fitting:
-        sampled = footprint(model, params, fitting, max_new_tokens=most, device=device)
-        shown = [rollout_phase("show samples", model, params, sampled, around, device=device)]
+        sampled = footprint(model, policy.kept, fitting, max_new_tokens=most, device=device)
+        shown = [rollout_phase("show samples", model, policy.kept, sampled, around, device=device)]
+    names = ("gradient", "step")
     phases = (
-        loading([("policy", size)]),
-        gradient_phase("gradient", "policy", live, around),
-        optimiser_phase("step", trained, live, around),
-        forward_phase("evaluate", "policy", judged, around),
+        loading([("policy", policy.start)]),
+        *gradient_phases(policy, loss, parts, step.normaliser, around, names=names, device=device),
+        forward_phase("evaluate", "policy", judged, (*around, policy.copy)),
         *shown,
-        saving(trained, trained.held(bests=2)),
+        saving(policy, policy.held(bests=2)),
     )
-    rows, tokens = _shape(parts[0])
-    assumed = (f"longest micro-batch of the data: {rows} rows of {tokens} tokens",)
-    return Plan(name, device, base_of(device, params), phases, assumed)
+    assumed = (f"longest micro-batch of the data: {_shape(parts[0])}", *uncompiled(config))
+    return Plan(name, device, 0, phases, assumed, remedies_of(config))
 
 
 def _longest_pairs(
@@ -202,10 +225,12 @@ def _longest_pairs(
     lengths = pair_lengths(rows)
     rows = rows._replace(extra={name: torch.zeros(len(lengths)) for name in extra})
     index = longest_first(lengths, torch.arange(len(lengths)))[:count]
-    return cut_pairs(rows, index, micro_batch_size=config.micro_batch_size, device=_CPU)
+    size, pack = config.micro_batch_size, pack_for(config)
+    return cut_pairs(rows, index, micro_batch_size=size, device=_CPU, pack=pack)
 
 
-def _shape(part: Any) -> tuple[int, int]:
-    """Rows and tokens of a micro-batch of rows or of pairs."""
-    rows, tokens = (part.tokens if hasattr(part, "tokens") else part.rows.tokens).shape
-    return rows, tokens
+def _shape(part: Batch) -> str:
+    """A micro-batch of rows or of pairs, in words."""
+    rows, tokens = part.rows.tokens.shape
+    said = f"{rows} rows of {tokens} tokens"
+    return said if part.packing is None else f"{said}, {len(part.packing.tokens)} of them computed"

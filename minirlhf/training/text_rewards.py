@@ -31,6 +31,7 @@ from minirlhf.models.interface import Params
 from minirlhf.rollout.sampler import LENGTH, Rollout, responses
 from minirlhf.runs import InputError
 from minirlhf.training.device import move, resolve
+from minirlhf.training.packed import packed
 from minirlhf.training.rewards import Decoder, Scorer, raw_score
 from minirlhf.training.setting import Setting
 from minirlhf.training.workspace import Checkpoint
@@ -121,9 +122,8 @@ def text_model_scorer(
         device, raw = rollout.tokens.device, []
         for start in range(0, len(rows), micro_batch_size):
             batch = collate((row.ids, []) for row in rows[start : start + micro_batch_size])
-            raw.append(
-                raw_score(judge.model, judge.params, batch.tokens.to(device), batch.lengths.to(device))
-            )
+            (tokens, _, _, lengths), packing = move(packed(batch), device)
+            raw.append(raw_score(judge.model, judge.params, tokens, lengths, packing))
         return (torch.cat(raw) - judge.normalisation.shift) / judge.normalisation.scale
 
     return torch.no_grad()(score)

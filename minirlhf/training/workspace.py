@@ -15,7 +15,8 @@ import torch
 from minirlhf.data.source import fingerprint
 from minirlhf.data.templates.source import find_template
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, no_template
-from minirlhf.models.checkpoint import Normalisation, Read, load_language_model, load_scalar_model
+from minirlhf.models.adapter_files import is_adapter, open_adapter, read_language_model, read_scalar_model
+from minirlhf.models.checkpoint import TOKENIZER, Normalisation, Read
 from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.models.sources import resolve_model
@@ -54,18 +55,21 @@ _TEMPLATE_OF = {"auto": find_template, "none": no_template}
 def load_policy(path: Path, setting: Setting) -> Checkpoint:
     """Reads a language model and its tokenizer: a directory, a GGUF file or a name on the hub.
 
+    An adapter's directory is its base with the adapter merged. Its tokenizer is the base's, where
+    it holds none itself.
+
     Raises:
         InputError: there is no such model, or its tokenizer knows ids that it has no row for.
     """
     device, path = resolve(setting.device), resolve_model(path)
-    model, params = load_language_model(path, read=_reader(setting))
+    model, params = read_language_model(path, read=_reader(setting))
     return _loaded(path, model, params, Normalisation(0.0, 1.0), device, setting)
 
 
 def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
     """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
     device, path = resolve(setting.device), resolve_model(path)
-    model, params, normalisation = load_scalar_model(path, read=_reader(setting))
+    model, params, normalisation = read_scalar_model(path, read=_reader(setting))
     return _loaded(path, model, params, normalisation, device, setting)
 
 
@@ -78,7 +82,8 @@ def _loaded(
     setting: Setting,
 ) -> Checkpoint:
     template_of = _TEMPLATE_OF[setting.reading.chat_template]
-    tokenizer = load_tokenizer(path, template_of=template_of)
+    lent = is_adapter(path) and not (path / TOKENIZER).is_file()
+    tokenizer = load_tokenizer(open_adapter(path).base if lent else path, template_of=template_of)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model a vocabulary of only "
@@ -98,16 +103,16 @@ def _reader(setting: Setting) -> Read:
 
 
 def load_reference(path: Path, policy: Checkpoint, setting: Setting) -> Checkpoint:
-    """The model to stay near: the policy itself where it is the same, which is then in memory once.
+    """Reads what a policy is compared with; where that is the policy, its tensors are shared.
 
     Raises:
-        InputError: as `load_policy`, or it is another model than the policy.
+        InputError: it is another kind of model (`require_same_model`); or see `load_policy`.
     """
-    if resolve_model(path) == policy.path:
+    if resolve_model(path).resolve() == policy.path.resolve():
         return policy
-    near = load_policy(path, setting)
-    require_same_model(policy, near)
-    return near
+    reference = load_policy(path, setting)
+    require_same_model(policy, reference)
+    return reference
 
 
 def require_same_model(first: Checkpoint, second: Checkpoint) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,38 +17,67 @@ from minirlhf.rollout.draw import BOUNDARY, inverse_cdf
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 
+LAYOUTS = cpu.layouts() if cpu.available() else {}
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 31, 40, 257])
 @pytest.mark.parametrize(
     ("depth", "width"), [(1, 1), (5, 47), (16, 48), (33, 49), (100, 96), (1030, 50), (2049, 130)]
 )
-def test_a_packed_product_is_the_product(rows: int, depth: int, width: int) -> None:
+def test_a_packed_product_is_the_product(rows: int, depth: int, width: int, layout: str) -> None:
+    lay = LAYOUTS[layout]
     x, matrix, bias = normal(rows, depth), normal(depth, width, seed=1), normal(width, seed=2)
     exact = x.double() @ matrix.double()
     close = {"rtol": 0, "atol": 1e-6 + 2e-7 * depth}  # rounding of sums that are taken one after the other
     for stored in (matrix, matrix.T.contiguous().T):
-        got = cpu.product(x, cpu.packed(stored), width, None)
+        got = cpu.product(x, cpu.packed(stored, layout=lay), None)
         torch.testing.assert_close(got.double(), exact, **close)
-    got = cpu.product(x, cpu.packed(matrix), width, bias)
+    got = cpu.product(x, cpu.packed(matrix, layout=lay), bias)
     torch.testing.assert_close(got.double(), exact + bias.double(), **close)
 
 
-def test_a_row_of_a_product_does_not_depend_on_the_others_beside_it() -> None:
-    x, matrix = normal(8, 700), cpu.packed(normal(700, 100, seed=1))
-    together = cpu.product(x, matrix, 100, None)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_of_a_product_does_not_depend_on_the_others_beside_it(layout: str) -> None:
+    x, matrix = normal(8, 700), cpu.packed(normal(700, 100, seed=1), layout=LAYOUTS[layout])
+    together = cpu.product(x, matrix, None)
     x[1:] = torch.nan
-    assert torch.equal(cpu.product(x, matrix, 100, None)[0], together[0])
+    assert torch.equal(cpu.product(x, matrix, None)[0], together[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_packed_product_rounds_no_more_than_torch_does(layout: str) -> None:
+    """The error of sums in fp32 grows with the root of their length; a part that is left out would show."""
+    matrix = normal(2048, 96, seed=1)
+    x = normal(64, 2048) * torch.logspace(-20, 20, 64)[:, None]  # 8 bits are as good at every size
+    exact = x.double() @ matrix.double()
+    scale = x.double().norm(dim=1, keepdim=True) * matrix.double().norm(dim=0)
+    got = cpu.product(x, cpu.packed(matrix, layout=LAYOUTS[layout]), None)
+    error, plain = (((each.double() - exact) / scale).square().mean().sqrt() for each in (got, x @ matrix))
+    assert error < 4 * plain
+    assert error < 2e-8
+
+
+@pytest.mark.parametrize("rows", [16, 33, 70])
+def test_products_may_run_in_several_threads_at_once(rows: int) -> None:
+    """Each has memory of its own: rollouts may run beside one another."""
+    x, matrix = normal(rows, 300), cpu.packed(normal(300, 200, seed=1))
+    alone = cpu.product(x, matrix, None)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: cpu.product(x, matrix, None), range(40)))
+    assert all(torch.equal(each, alone) for each in together)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     matrix = cpu.packed(normal(6, 5))
     with pytest.raises(ValueError, match=r"cannot multiply \[2, 7\] by a matrix of 6 x 5"):
-        cpu.product(normal(2, 7), matrix, 5, None)
+        cpu.product(normal(2, 7), matrix, None)
     with pytest.raises(ValueError, match="cannot multiply"):
-        cpu.product(normal(2, 6), matrix, 5, normal(4))
+        cpu.product(normal(2, 6), matrix, normal(4))
     with pytest.raises(ValueError, match="one of its strides 1"):
         cpu.packed(normal(12, 10)[::2, ::2])
     with pytest.raises(ValueError, match=r"torch\.float64"):

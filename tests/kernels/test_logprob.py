@@ -230,6 +230,8 @@ def test_mistakes_are_named(function: Callable[..., Tensor]) -> None:
         function(states, unembedding.T, tokens, mask)
     with pytest.raises(ValueError, match="mask must be bool, got torch.int64"):
         function(states, unembedding, tokens, mask.long())
+    with pytest.raises(ValueError, match="tokens must be int64, got torch.int32"):
+        function(states, unembedding, tokens.int(), mask)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
             function(states, unembedding, tokens, mask, temperature=temperature)

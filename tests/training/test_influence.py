@@ -163,5 +163,8 @@ def test_too_few_pairs_and_broken_gradients_are_named() -> None:
     with pytest.raises(InputError, match="at least two training pairs, got 1"):
         influence(params, one, held_out(pairs), loss=loss)
     broken = pytree.tree_map(lambda leaf: leaf * math.nan, params)
-    with pytest.raises(NonFiniteError, match="training pair"):
+    with pytest.raises(NonFiniteError, match="the validation pairs' gradient of .* more"):
         influence(broken, pairs, held_out(pairs), loss=loss)
+    margins = torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0])
+    with pytest.raises(NonFiniteError, match="the gradient of training pair 2"):
+        influence(params, pairs._replace(extra={"margin": margins}), held_out(pairs), loss=loss)

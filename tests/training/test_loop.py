@@ -201,6 +201,20 @@ def test_a_criterion_that_is_not_finite_stops_the_run() -> None:
     assert kept == [0.5]
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run_whatever_the_criterion_is() -> None:
+    config = replace(CONFIG, metric_for_best_model="win_rate")
+    stage = Recorder().stage()._replace(validation=Step([torch.tensor([math.nan])], torch.tensor(1.0), 1))
+    hooks: dict[str, Any] = {"generator": tiny.generator(), "evaluate": lambda params: {"win_rate": 1.0}}
+    with pytest.raises(NonFiniteError, match="step 0: not finite: eval_loss = nan$"):
+        train_loop({"w": torch.zeros(1)}, stage, config, **hooks)
+
+
+def test_a_start_from_parameters_that_are_not_finite_names_them() -> None:
+    start = {"w": torch.full((1,), math.nan)}
+    with pytest.raises(NonFiniteError, match="step 0: not finite: eval_loss = nan; parameters w$"):
+        train_loop(start, Recorder().stage(), CONFIG, generator=tiny.generator())
+
+
 def test_an_interrupt_leaves_the_last_kept_checkpoint() -> None:
     kept: list[tuple[float, Tensor]] = []
 

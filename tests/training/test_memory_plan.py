@@ -29,7 +29,8 @@ from minirlhf.rollout.footprint import footprint
 from minirlhf.rollout.sampler import generate
 from minirlhf.training import plan_table, preference, sft
 from minirlhf.training.live_memory import _Counter, live_memory, without_gradient
-from minirlhf.training.memory_plan import Entry, Phase, Plan, Trained, bytes_of
+from minirlhf.training.memory_plan import Entry, Phase, Plan, bytes_of, learner
+from minirlhf.training.packed import PackedRows
 from minirlhf.training.plan_table import announce, table_of
 from minirlhf.training.setting import ReadingConfig, Setting
 from minirlhf.training.sft import SFTConfig
@@ -44,9 +45,9 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def rows_of(count: int, tokens: int) -> Sequences:
+def rows_of(count: int, tokens: int) -> PackedRows:
     ids, lengths = torch.zeros(count, tokens, dtype=torch.int64), torch.full((count,), tokens)
-    return Sequences(ids, torch.ones(count, tokens, dtype=torch.bool), lengths, lengths)
+    return PackedRows(Sequences(ids, torch.ones(count, tokens, dtype=torch.bool), lengths, lengths))
 
 
 def test_a_chain_of_three_operators_is_counted_by_hand() -> None:
@@ -80,10 +81,10 @@ def test_what_is_let_go_is_not_counted_with_what_comes_later() -> None:
     assert live_memory(work, torch.zeros(100), device=CPU).peak == 2 * 400
 
 
-def saved_by_autograd(model: LanguageModel, params: Params, batch: Sequences) -> int:
+def saved_by_autograd(model: LanguageModel, params: Params, batch: PackedRows) -> int:
     """Bytes that torch's own autograd keeps for the backward pass, the parameters left out."""
     leaves = {leaf.requires_grad_().untyped_storage().data_ptr() for leaf in tree_leaves(params)}
-    given = {leaf.untyped_storage().data_ptr() for leaf in batch}
+    given = {leaf.untyped_storage().data_ptr() for leaf in batch.rows}
     kept: dict[int, int] = {}
 
     def pack(leaf: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def test_the_peak_contains_what_the_log_prob_holds_inside() -> None:
 def test_a_stage_is_planned_for_its_longest_rows_and_the_gradients_it_sums(batches: int) -> None:
     model = gpt2.bind(CONFIG)
     params = model.init(torch.Generator().manual_seed(0))
-    examples = [join([1], [2] * length) for length in [3] * 20 + [19] * 12]
+    examples = [join([i + 1], [2] * length) for i, length in enumerate([3] * 20 + [19] * 12)]
     config = SFTConfig(batch_size=4 * batches, micro_batch_size=4)
     plan = sft_plan("sft", model, params, examples, examples[:2], [], config, device=CPU)
     phase = next(phase for phase in plan.phases if phase.name == "gradient")
@@ -218,8 +219,14 @@ def test_the_heap_keeps_its_largest_size_and_what_is_returned_comes_on_top() -> 
 
 
 def test_moments_belong_to_what_is_trained_and_not_to_the_base_it_starts_from() -> None:
-    entries = {entry.what: entry.size for entry in Trained("policy", start=1000, trained=30).held()}
-    assert entries == {"start": 1000, "parameters": 30, "moments": 60, "best checkpoint": 30}
+    model = gpt2.bind(CONFIG)
+    params, config = template(model.init), SFTConfig(adapter_rank=2, precision="bf16")
+    sizes = {entry.what: entry.size for entry in learner("policy", model, params, config).held()}
+    width = CONFIG.n_embd
+    layers = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    adapters = 4 * 2 * CONFIG.n_layer * sum(inside + out for inside, out in layers)
+    assert sizes["parameters"] == sizes["best checkpoint"] == sizes["moments"] / 2 == adapters
+    assert sizes["start"] == 2 * sizes["base in bf16"] == bytes_of(params)
 
 
 def test_a_machine_with_less_is_told_what_to_change(

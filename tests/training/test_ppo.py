@@ -96,11 +96,16 @@ def test_the_policy_gradient_at_the_old_policy_is_that_of_advantage_times_logp(
     assert max(float(leaf.abs().max()) for leaf in tree_leaves(expected)) > 1e-3
 
 
+def taught(metrics: dict[str, float]) -> dict[str, float]:
+    """All of them but how the rows were laid out, which is what another cut changes."""
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+
+
 def test_micro_batches_give_the_minibatch_exactly_however_they_are_cut(experience: Experience) -> None:
     whole, history, _ = learn(experience, micro_batch_size=12, epochs=1, minibatches=1)
     for size in (1, 5, 7):
         cut, other, _ = learn(experience, micro_batch_size=size, epochs=1, minibatches=1)
-        assert other[0] == pytest.approx(history[0], rel=1e-4, abs=1e-6)
+        assert taught(other[0]) == pytest.approx(taught(history[0]), rel=1e-4, abs=1e-6)
         # Adam's moments are linear and quadratic in the gradient; the parameters may differ by sign(0) steps.
         assert distance(cut.policy.exp_avg, whole.policy.exp_avg) < 1e-6
         assert distance(cut.critic.exp_avg, whole.critic.exp_avg) < 1e-6

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from minirlhf.data.records import collate
-from minirlhf.training import preference
+from minirlhf.data.records import PairExample, collate
+from minirlhf.runs import InputError
+from minirlhf.training import packed, preference
 from minirlhf.training.guards import GuardError
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
@@ -64,6 +65,20 @@ def test_reference_logps_are_summed_over_the_response_and_keep_their_order() -> 
     found = preference.reference_logps(MODEL, tiny.fresh(), collate(EXAMPLES), micro_batch_size=2)
     assert found.tolist() == pytest.approx([tiny.logp(tiny.fresh(), e) for e in EXAMPLES], rel=1e-5)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_reference_with_a_log_prob_that_is_not_finite_is_named_with_pair_and_side(side: str) -> None:
+    reference = tiny.fresh()
+    reference["wpe"]["weight"][5] = math.nan  # a position that only the longer response reaches
+    short, long = PAIRS[1]
+    second = PairExample(long, short) if side == "chosen" else PairExample(short, long)
+    config = DPOConfig(micro_batch_size=1)
+    said = f"pair 1: the reference gives its {side} response the log-prob nan, not a finite number"
+    with pytest.raises(InputError, match=said):
+        train_dpo(
+            MODEL, tiny.fresh(), reference, [PAIRS[0], second], PAIRS, config, generator=tiny.generator()
+        )
 
 
 @each_stage
@@ -143,7 +158,7 @@ def test_metrics_are_trls_formulas_over_pairs(name: str) -> None:
         "num_tokens": float(sum(len(side.ids) for pair in PAIRS for side in pair)),
         "learning_rate": 1e-3,
     }
-    assert first.keys() == expected.keys() | {"grad_norm"}
+    assert first.keys() == expected.keys() | {"grad_norm", *packed.METRICS}
     for key, value in expected.items():
         assert first[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert 0 < first["rewards/accuracies"] < 1

@@ -11,6 +11,7 @@ from minirlhf.data.records import PairExample, collate, join
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
+from minirlhf.training import packed
 from minirlhf.training.reward_model import (
     RewardConfig,
     accuracy,
@@ -74,7 +75,7 @@ def test_metrics_are_trls_formulas_over_both_sides() -> None:
         "num_tokens": float(sum(len(side.ids) for pair in PAIRS for side in pair)),
         "learning_rate": CONFIG.learning_rate,
     }
-    assert first.keys() == expected.keys() | {"grad_norm"}
+    assert first.keys() == expected.keys() | {"grad_norm", *packed.METRICS}
     for name, value in expected.items():
         assert first[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert logged[0].keys() == {f"eval_{n}" for n in expected.keys() - {"num_tokens", "learning_rate"}}
@@ -159,6 +160,16 @@ def test_unusable_pairs_and_margins_are_refused() -> None:
         run(pairs=[PairExample(same, same)])
     with pytest.raises(InputError, match=r"expected 5 margins, got shape \[4\]"):
         run(margins=torch.zeros(4))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(InputError, match=f"the margin of pair 3 is {wrong}, not a finite number"):
+            run(margins=torch.tensor([0.0, 1.0, 0.5, wrong, wrong]))
+
+
+def test_rollouts_with_a_reward_that_is_not_finite_are_no_scale() -> None:
+    params = tiny.fresh_reward()
+    params["score"]["weight"] = params["score"]["weight"] * math.nan
+    with pytest.raises(InputError, match="the reward model gives rollout 0 the reward nan"):
+        normalise_reward(MODEL, params, rollouts())
 
 
 @pytest.mark.parametrize("change", [{"label_smoothing": 0.2}, {"center_rewards_coefficient": 0.1}], ids=str)

@@ -9,6 +9,7 @@ import torch
 
 from minirlhf.data.records import Example, join
 from minirlhf.runs import InputError
+from minirlhf.training import packed
 from minirlhf.training.sft import SFTConfig, train
 from tests.training import tiny
 from tests.training.tiny import EOS, EXAMPLES, MODEL
@@ -65,7 +66,7 @@ def test_training_reports_trls_names_and_counts_every_token_read() -> None:
     steps = [(step, metrics) for step, metrics in logged if "loss" in metrics]
     assert [step for step, _ in steps] == [1, 2, 3, 4]
     names = {"loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "num_tokens"}
-    assert all(metrics.keys() == names for _, metrics in steps)
+    assert all(metrics.keys() == names | {*packed.METRICS} for _, metrics in steps)
     lengths = sum(len(example.ids) for example in EXAMPLES)
     assert steps[1][1]["num_tokens"] == lengths and steps[3][1]["num_tokens"] == 2 * lengths
     assert [step for step, metrics in logged if "eval_loss" in metrics] == [0, 2, 4]

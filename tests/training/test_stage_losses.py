@@ -11,8 +11,10 @@ from torch import Tensor
 from minirlhf.data.records import Sequences, collate
 from minirlhf.data.rows import checked_rows
 from minirlhf.models.interface import Params
+from minirlhf.models.packing import Packing, pack
 from minirlhf.training import preference, reward_model, sft
 from minirlhf.training.loop import Step, measure
+from minirlhf.training.packed import PackedRows
 from minirlhf.training.pair_objectives import (
     ConservativeDPOConfig,
     DPOConfig,
@@ -28,6 +30,15 @@ from tests.training import tiny
 from tests.training.tiny import EXAMPLES, MODEL, PAIRS
 
 CPU = torch.device("cpu")
+Layout = Callable[[Tensor, Tensor], Packing | None]
+
+
+def as_padded_rows(tokens: Tensor, lengths: Tensor) -> None:
+    return None
+
+
+def as_a_pool(tokens: Tensor, lengths: Tensor) -> Packing | None:
+    return pack(tokens, lengths, worth=1.0)
 
 
 class Case(NamedTuple):
@@ -103,16 +114,26 @@ def assert_same(a: tuple[Any, ...], b: tuple[Any, ...]) -> None:
         torch.testing.assert_close(value, b[2][name], rtol=1e-5, atol=1e-6)
 
 
-def with_rows(step: Step, change: Callable[[Sequences], Sequences]) -> Step:
-    """The step with every micro-batch's rows changed."""
+def with_rows(step: Step, change: Callable[[Sequences], Sequences], layout: Layout) -> Step:
+    """The step with every micro-batch's rows changed, and laid out in this way."""
 
     def changed(batch: Any) -> Any:
-        return batch._replace(rows=change(batch.rows)) if isinstance(batch, PairBatch) else change(batch)
+        rows = change(batch.rows)
+        return batch._replace(rows=rows, packing=layout(rows.tokens, rows.lengths))
 
     return step._replace(micro_batches=[changed(batch) for batch in step.micro_batches])
 
 
-def test_ids_in_the_padding_change_nothing(case: Case) -> None:
+def test_packed_rows_have_the_gradient_loss_and_metrics_of_padded_ones(case: Case) -> None:
+    step = case.cut(torch.arange(case.size), 3)
+    assert all(batch.packing is not None for batch in step.micro_batches)  # the losses had something to read
+    same = [with_rows(step, lambda rows: rows, layout) for layout in (as_padded_rows, as_a_pool)]
+    assert_same(evaluated(case, same[0]), evaluated(case, same[1]))
+    assert_same(evaluated(case, same[0]), evaluated(case, step))
+
+
+@pytest.mark.parametrize("layout", [as_padded_rows, as_a_pool])
+def test_ids_in_the_padding_change_nothing(case: Case, layout: Layout) -> None:
     def scribble(rows: Sequences) -> Sequences:
         padding = torch.arange(rows.tokens.shape[1]) >= rows.lengths[:, None]
         assert padding.any()
@@ -120,16 +141,17 @@ def test_ids_in_the_padding_change_nothing(case: Case) -> None:
         return rows._replace(tokens=torch.where(padding, noise, rows.tokens))
 
     step = case.cut(torch.arange(case.size), case.size)
-    assert_same(evaluated(case, step), evaluated(case, with_rows(step, scribble)))
+    assert_same(evaluated(case, step), evaluated(case, with_rows(step, scribble, layout)))
 
 
-def test_more_padding_changes_nothing(case: Case) -> None:
+@pytest.mark.parametrize("layout", [as_padded_rows, as_a_pool])
+def test_more_padding_changes_nothing(case: Case, layout: Layout) -> None:
     def widen(rows: Sequences) -> Sequences:
         pad = torch.nn.functional.pad
         return rows._replace(tokens=pad(rows.tokens, (0, 3), value=tiny.EOS), mask=pad(rows.mask, (0, 3)))
 
     step = case.cut(torch.tensor([0, 1, 2, 4]), case.size)  # row 3 fills the context
-    assert_same(evaluated(case, step), evaluated(case, with_rows(step, widen)))
+    assert_same(evaluated(case, step), evaluated(case, with_rows(step, widen, layout)))
 
 
 def test_rows_do_not_see_their_batch_mates(case: Case) -> None:
@@ -208,7 +230,9 @@ def trained_predecessors(rows: Sequences) -> list[list[int]]:
 def test_sft_trains_exactly_the_positions_before_trained_tokens() -> None:
     rows = collate(EXAMPLES)
     model, params = tiny.free_states(rows.tokens, tiny.VOCAB)
-    assert touched(partial(sft.loss, model=model), params, rows, 20.0) == trained_predecessors(rows)
+    assert touched(partial(sft.loss, model=model), params, PackedRows(rows), 20.0) == trained_predecessors(
+        rows
+    )
 
 
 @pytest.mark.parametrize("objective", [dpo(DPOConfig()), ipo(IPOConfig())], ids=["dpo", "ipo"])

@@ -83,6 +83,46 @@ def test_adamw_without_a_fused_kernel_takes_the_same_step(monkeypatch: pytest.Mo
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same numbers in another memory layout, as a product, a sum or vmap leaves them."""
+    if how == "transposed":
+        return x.t().contiguous().t()
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@pytest.mark.parametrize("how", ["transposed", "every other"])
+def test_adamw_reads_a_gradient_of_any_memory_layout(how: str) -> None:
+    # torch's fused kernel walks through memory: given such a gradient it would update other entries.
+    plain, laid_out = init_state(tree(0)), init_state(tree(0))
+    for k in range(3):
+        grads = tree(10 + k)
+        plain = adamw(plain, grads, 0.1)
+        moved = {**grads, "w": {"weight": strided(grads["w"]["weight"], how)}}
+        assert not moved["w"]["weight"].is_contiguous()
+        laid_out = adamw(laid_out, moved, 0.1)
+    assert torch.equal(plain.params["w"]["weight"], laid_out.params["w"]["weight"])
+    assert torch.equal(plain.exp_avg_sq["w"]["weight"], laid_out.exp_avg_sq["w"]["weight"])
+
+
+def test_adamw_reads_a_gradient_that_is_one_number_expanded() -> None:
+    state, rate = init_state(tree(0)), 0.1
+    once = torch.tensor(0.5, dtype=torch.float64)
+    grads = {**tree(1), "w": {"weight": once.expand(3, 4)}}
+    moved = adamw(state, grads, rate).params["w"]["weight"] - tree(0)["w"]["weight"]
+    torch.testing.assert_close(moved, torch.full_like(moved, -rate), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("how", ["transposed", "every other"])
+def test_a_state_made_from_parameters_of_any_memory_layout_takes_the_same_steps(how: str) -> None:
+    params = tree(0)
+    moved = {**params, "w": {"weight": strided(params["w"]["weight"], how)}}
+    plain, laid_out = init_state(params), init_state(moved)
+    for k in range(3):
+        plain, laid_out = adamw(plain, tree(10 + k), 0.1), adamw(laid_out, tree(10 + k), 0.1)
+    for field in ("params", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(plain, field)["w"]["weight"], getattr(laid_out, field)["w"]["weight"])
+
+
 def test_weight_decay_is_zero_unless_set() -> None:
     zero = {"w": {"weight": torch.zeros(3, 4)}, "h": [{"bias": torch.zeros(4)}, {"bias": torch.zeros(2)}]}
     params = tree(0, dtype=torch.float32)
@@ -186,6 +226,35 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_named_by_its_path() -> Non
             learning_rate=1.0,
             max_grad_norm=1.0,
         )
+
+
+def test_parameters_that_were_not_finite_before_the_step_are_named_as_the_cause() -> None:
+    params = tree(0)
+    params["h"][0]["bias"][2] = math.nan
+    with pytest.raises(
+        NonFiniteError, match=r"not finite: parameters before the step: h\.0\.bias; loss = nan"
+    ):
+        step(init_state(params), [rows(1, 5)], torch.tensor(5.0), optimiser=adamw)
+    with pytest.raises(NonFiniteError, match="not finite: loss = nan; gradient"):
+        step(init_state(tree(0)), [rows(1, 5) * math.nan], torch.tensor(5.0), optimiser=adamw)
+
+
+@pytest.mark.parametrize("normaliser", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_normaliser_that_counts_nothing_is_refused_before_the_state_is_touched(
+    normaliser: float, dtype: torch.dtype
+) -> None:
+    state, said = init_state(tree(0)), f"step 1: normaliser must be positive and finite, got {normaliser:g} "
+    with pytest.raises(ValueError, match=said):
+        step(state, [rows(1, 5)], torch.tensor(normaliser, dtype=dtype), optimiser=adamw)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state.params), leaves(tree(0)), strict=True))
+
+
+def test_a_normaliser_may_be_a_count_of_tokens() -> None:
+    count = torch.ones(5, dtype=torch.bool).sum()
+    by_count, _ = step(init_state(tree(0)), [rows(1, 5)], count, optimiser=adamw)
+    by_number, _ = step(init_state(tree(0)), [rows(1, 5)], torch.tensor(5.0), optimiser=adamw)
+    assert torch.equal(by_count.params["w"]["weight"], by_number.params["w"]["weight"])
 
 
 def test_update_refuses_no_micro_batch_and_a_norm_that_is_no_bound() -> None:

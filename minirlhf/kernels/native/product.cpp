@@ -1,4 +1,4 @@
-// Products of a few rows with a packed matrix.
+// Products of a few rows with a packed matrix, by multiplications and additions of vectors.
 #include <omp.h>
 
 #include <algorithm>
@@ -6,60 +6,18 @@
 #include <memory>
 #include <vector>
 
-#include "lanes.hpp"
+#include "pack.hpp"
 
 constexpr long PANEL = LANES * WIDE;  // outputs that one pass over the inputs makes
 constexpr long DEEP = 1024;           // inputs of a panel at a time: 196 kB, which stay in the second cache
 constexpr long SLAB = 256;            // rows at a time: their inputs stay in the second cache, too
 
-
-static void transpose(lanes (&a)[LANES]) {
-    places low, high;
-    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-    for (int round = 1; round < LANES; round *= 2) {  // each interleaves one half of the rows with the other
-        lanes b[LANES];
-        for (int i = 0; i < LANES / 2; i++) {
-#if defined(__clang__)
-            for (int j = 0; j < LANES; j++) {
-                b[2 * i][j] = a[i + j % 2 * (LANES / 2)][j / 2];
-                b[2 * i + 1][j] = a[i + j % 2 * (LANES / 2)][j / 2 + LANES / 2];
-            }
-#else
-            b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
-            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
-#endif
-        }
-        std::copy(b, b + LANES, a);
-    }
-}
-
 extern "C" long panel() { return PANEL; }
 
 // A matrix [depth, width] of any strides, one of them 1 -> panels [⌈width / PANEL⌉][depth][PANEL], zero padded.
 extern "C" void pack(const float* from, long depth, long width, long by_depth, long by_width, float* to) {
-    const long panels = (width + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < panels; p++) {
-        float* panel = to + p * depth * PANEL;
-        const float* source = from + p * PANEL * by_width;
-        const long wide = std::min(PANEL, width - p * PANEL);
-        if (by_width == 1) {
-            for (long k = 0; k < depth; k++) {
-                std::memcpy(panel + k * PANEL, source + k * by_depth, wide * 4);
-                std::memset(panel + k * PANEL + wide, 0, (PANEL - wide) * 4);
-            }
-            continue;
-        }
-        for (long k = 0; k < depth; k += LANES)
-            for (long j = 0; j < PANEL; j += LANES) {
-                const long deep = std::min<long>(LANES, depth - k);
-                lanes square[LANES] = {};
-                for (long i = 0; i < std::min<long>(LANES, wide - j); i++)
-                    std::memcpy(&square[i], source + (j + i) * by_width + k * by_depth, deep * 4);
-                transpose(square);
-                for (long i = 0; i < deep; i++) *(lanes*)(panel + (k + i) * PANEL + j) = square[i];
-            }
-    }
+    pack_panels(from, depth, depth, width, by_depth, by_width,
+                [=](long p, long k, long j) { return to + (p * depth + k) * PANEL + j; });
 }
 
 // sums [ROWS, PANEL] += x [deep, TALL] w [deep, PANEL], from `start` or, without one, from y itself. Meanwhile

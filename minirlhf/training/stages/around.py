@@ -5,6 +5,8 @@ from pathlib import Path
 
 from minirlhf.data.records import PairExample
 from minirlhf.data.spool import LazySequence
+from minirlhf.models.adapter_files import save_adapter
+from minirlhf.models.adapters import adapted_layers, merged
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
 from minirlhf.models.interface import Params
 from minirlhf.training.loop import StageResult
@@ -14,17 +16,25 @@ from minirlhf.training.workspace import Checkpoint, Stage
 
 Metrics = dict[str, float]
 
+ADAPTER = "adapter"
+"""The directory beside a merged model in which its adapters lie in PEFT's format."""
+
 
 def save_policy(start: Checkpoint, folder: Path, params: Params) -> None:
-    """How a stage keeps a policy: with the tokenizer that it started from."""
-    save_language_model(folder, start.model, params, tokenizer=start.tokenizer.path)
+    """How a stage keeps a policy: with the tokenizer that it started from, adapters merged and also apart."""
+    save_language_model(folder, start.model, merged(params), tokenizer=start.tokenizer.path)
+    if adapted_layers(params):
+        save_adapter(folder / ADAPTER, start.model, params, base=start.path, base_params=start.params)
 
 
 def save_scalar(start: Checkpoint, normalisation: Normalisation, folder: Path, params: Params) -> None:
     """How a stage keeps a reward model: likewise, with what its scores are normalised by."""
     save_scalar_model(
-        folder, start.model, params, tokenizer=start.tokenizer.path, normalisation=normalisation
+        folder, start.model, merged(params), tokenizer=start.tokenizer.path, normalisation=normalisation
     )
+    if adapted_layers(params):
+        base = {"base": start.path, "base_params": start.params}
+        save_adapter(folder / ADAPTER, start.model, params, **base, normalisation=normalisation)
 
 
 def prompts_of(pairs: Sequence[PairExample]) -> Sequence[list[int]]:

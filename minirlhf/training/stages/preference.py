@@ -12,6 +12,7 @@ from minirlhf.training.preference import DPOConfig, IPOConfig, PairObjective
 from minirlhf.training.setting import Setting, generator_for
 from minirlhf.training.stage_plans import preference_plan
 from minirlhf.training.stages.around import Metrics, prompts_of, save_policy, tell, watcher
+from minirlhf.training.trained import trained
 from minirlhf.training.workspace import load_policy, load_reference, open_stage, refuse_existing
 
 
@@ -53,9 +54,11 @@ def _prefer(
     save = partial(save_policy, start)
     weights = {"policy": start.path, "reference": near.path}
     with open_stage(out, name, save, config, setting, data={"preferences": data}, weights=weights) as stage:
+        generator = generator_for(setting, name)
+        actor = trained(start.model, start.params, config, generator=generator)
         referred = preference_page.refer(
             start.model,
-            near.params,
+            actor.frozen(near.params),
             parts.train,
             parts.validation,
             micro_batch_size=config.micro_batch_size,
@@ -63,11 +66,11 @@ def _prefer(
         del near  # all that training needs of the reference are these log-probs
         result = preference_page.train_referred(
             start.model,
-            start.params,
+            actor,
             referred,
             config,
             objective,
-            generator=generator_for(setting, name),
+            generator=generator,
             evaluate=watcher(name, start, prompts, stage, setting),
             log=stage.log,
             keep=stage.keep,

@@ -1,0 +1,100 @@
+"""How the stages lay out a micro-batch: which rows go together, how they are packed, and what that saves.
+
+Padding and shared prompts cost time and nothing else, so there is no option: rows are packed where it pays
+(`models.packing`), and the metrics say what was computed in vain and what was saved:
+
+    perf/padding_waste   padding positions / positions computed
+    perf/shared_tokens   tokens that are not computed again, because another row has them / tokens read
+
+both of the layers that see one token at a time; attention runs on padded rows.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minirlhf.data.records import Sequences
+from minirlhf.models.packing import Packing, pack
+from minirlhf.training.gradients import ComputeConfig
+
+Pack = Callable[[Tensor, Tensor], Packing | None]
+"""(tokens [R, T], lengths [R]) -> their packing; None: as padded rows."""
+METRICS = ("perf/padding_waste", "perf/shared_tokens")
+
+
+class PackedRows(NamedTuple):
+    """A micro-batch of rows, and how to compute them; None: as padded rows."""
+
+    rows: Sequences
+    packing: Packing | None = None
+
+
+class Batch(Protocol):
+    """A micro-batch of `PackedRows`, or of pairs."""
+
+    @property
+    def rows(self) -> Sequences: ...
+    @property
+    def packing(self) -> Packing | None: ...
+
+
+class Rows(Protocol):
+    """What the account reads of rows [R, T]."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+
+
+def packed(rows: Sequences, *, pack: Pack = pack) -> PackedRows:
+    """The rows, packed where that pays."""
+    return PackedRows(rows, pack(rows.tokens, rows.lengths))
+
+
+def pack_for(config: ComputeConfig) -> Pack:
+    """How a stage packs: where steps may be compiled always, and in one block, since each other form is another
+    graph, and costs more than the padding."""
+    return pack if config.compile == "off" else partial(pack, worth=1.0, blocks=1)
+
+
+def together(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """An order [N] of the rows for cutting micro-batches: rows of one prompt side by side, long ones first.
+
+    Prompts come by falling length of their longest row, so that neighbours differ little in length.
+
+    >>> tokens = torch.tensor([[5, 1, 0, 0], [6, 1, 1, 1], [5, 2, 2, 0]])
+    >>> together(tokens, torch.tensor([1, 1, 1]), torch.tensor([2, 4, 3]))
+    tensor([1, 2, 0])
+    """
+    sizes: list[int] = lengths.tolist()
+    prompts = [tuple(row[:size]) for row, size in zip(tokens.tolist(), prompt_lengths.tolist(), strict=True)]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, size in zip(prompts, sizes, strict=True):
+        longest[prompt] = max(size, longest.get(prompt, 0))
+    order = sorted(range(len(sizes)), key=lambda row: (-longest[prompts[row]], prompts[row], -sizes[row]))
+    return torch.tensor(order, device=tokens.device)
+
+
+def layout_metrics(batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """`METRICS` of a step, from all its micro-batches; waits for no device."""
+    return account((batch.rows, batch.packing) for batch in batches)
+
+
+def account(batches: Iterable[tuple[Rows, Packing | None]]) -> dict[str, Tensor]:
+    """`METRICS` of rows and their packings, taken together."""
+    counts = torch.stack([_counts(rows, packing) for rows, packing in batches]).sum(0)
+    computed, padding, read, saved = counts.unbind()
+    return dict(zip(METRICS, (padding / computed, saved / read), strict=True))
+
+
+def _counts(rows: Rows, packing: Packing | None) -> Tensor:
+    """Positions computed, padding among them, tokens read, and tokens not computed again."""
+    read, positions = rows.lengths.sum(), rows.tokens.numel()
+    if packing is None:
+        return torch.stack([torch.full_like(read, positions), positions - read, read, 0 * read])
+    computed = len(packing.tokens)
+    return torch.stack([torch.full_like(read, computed), 0 * read, read, read - computed])
