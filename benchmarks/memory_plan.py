@@ -46,6 +46,9 @@ FLAGS = {
 }
 FLAGS["ppo"] += ["--max-response", "32"]
 FLAGS["group"] += ["--max-response", "32", "--iterations", "2", "--epochs", "1"]
+FLAGS["sft+adapters"] = [*FLAGS["sft"], "--adapter-rank", "8"]
+FLAGS["sft+recomputation"] = [*FLAGS["sft"], "--activation-recomputation"]
+FLAGS["ppo+adapters+bf16"] = [*FLAGS["ppo"], "--adapter-rank", "8", "--precision", "bf16"]
 _PLANNED = re.compile(r"planned peak of memory ([\d.]+) GB")
 
 
@@ -98,12 +101,14 @@ def write_files(folder: Path, shape: gpt2.GPT2Config, *, rows: int = 60) -> None
 
 
 def command(stage: str, folder: Path) -> list[str]:
-    """What a user would type, but for --dry-run."""
+    """What a user would type, but for --dry-run; stage is a key of FLAGS."""
+    flags, out = FLAGS[stage], folder / f"made-{stage}"
+    stage = stage.partition("+")[0]
     data = {"sft": "demonstrations", "ppo": "prompts", "group": "prompts"}.get(stage, "preferences")
     judge = ["--reward-model", str(folder / "reward")] if data == "prompts" else []
     return [
         stage, "--policy", str(folder / "policy"), "--data", str(folder / f"{data}.jsonl"), *judge,
-        "--out", str(folder / f"made-{stage}"), "--device", "cpu", *FLAGS[stage],
+        "--out", str(out), "--device", "cpu", *flags,
     ]  # fmt: skip
 
 

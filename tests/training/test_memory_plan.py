@@ -23,6 +23,7 @@ from minirlhf.kernels.workspace import workspace
 from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
 from minirlhf.models.interface import LanguageModel, Params, with_scalar_head
+from minirlhf.models.opened import opened
 from minirlhf.models.tensor_files import template
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.footprint import footprint
@@ -106,8 +107,7 @@ def test_a_gradients_activations_are_what_autograd_saves() -> None:
     work = partial(gradient, loss=partial(sft.loss, model=model))
     live = live_memory(work, params, [batch], torch.tensor(1.0), device=CPU)
     saved = saved_by_autograd(model, params, batch)
-    # torch.func differentiates so that one could again: what backward computes stays until its end, too.
-    assert saved < live.passing < 2 * saved
+    assert saved < live.passing < 1.1 * saved  # and what one operator of the backward pass makes
     assert live.kept == pytest.approx(bytes_of(params), rel=0.02)  # and two metrics
 
 
@@ -178,6 +178,70 @@ def test_a_stage_is_planned_for_its_longest_rows_and_the_gradients_it_sums(batch
     assert "4 rows of 20 tokens" in plan.assumed[0]
 
 
+def _planned(config: SFTConfig) -> Plan:
+    shape = gpt2.GPT2Config(vocab_size=61, n_positions=64, n_embd=64, n_layer=6, n_head=4, eos_token_id=0)
+    model = gpt2.bind(shape)
+    examples = [join([i + 1], [2] * 40) for i in range(8)]
+    return sft_plan("sft", model, template(model.init), examples, examples[:2], [[1, 2]], config, device=CPU)
+
+
+def _sizes(plan: Plan, name: str) -> dict[str, int]:
+    phase = next(phase for phase in plan.phases if phase.name == name)
+    return {entry.what: entry.size for entry in phase.entries}
+
+
+def test_adapters_take_at_most_a_quarter_of_the_gradients_and_moments_of_full_training() -> None:
+    full, adapted = (_sizes(_planned(SFTConfig(adapter_rank=rank)), "step") for rank in (None, 2))
+    for sizes in (full, adapted):
+        assert sizes["gradients"] == pytest.approx(sizes["moments"] / 2, rel=0.02)
+    assert adapted["gradients"] + adapted["moments"] <= (full["gradients"] + full["moments"]) / 4
+    assert adapted["start"] == full["start"]
+    merged = _sizes(_planned(SFTConfig(adapter_rank=2)), "show samples")["merged weights"]
+    assert merged == 4 * 6 * (64 * 3 * 64 + 64 * 64 + 2 * 4 * 64 * 64)  # the blocks' matrices, in fp32
+
+
+def test_recomputed_activations_are_one_blocks_and_the_stream_between_blocks() -> None:
+    kept, recomputed = (
+        _sizes(_planned(SFTConfig(activation_recomputation=on)), "gradient")["activations"]
+        for on in (False, True)
+    )
+    stream = 4 * 8 * 41 * 64  # one [B, T, D] in fp32
+    assert kept > 6 * 10 * stream  # a block of GPT-2 keeps more than ten tables of that size
+    assert recomputed < kept / 2
+    assert recomputed > (6 + 10) * stream
+
+
+def test_bf16_halves_the_activations_for_one_copy_of_what_is_trained() -> None:
+    wide, half = (_sizes(_planned(SFTConfig(precision=each)), "gradient") for each in ("fp32", "bf16"))
+    assert half["copy in bf16"] == half["parameters"] / 2 == wide["parameters"] / 2
+    assert wide["copy in bf16"] == 0
+    # Of one micro-batch, the bf16 gradients of the copy count as activations until they are widened.
+    assert half["activations"] < 0.5 * wide["activations"] + 1.1 * half["copy in bf16"]
+
+
+def test_compiled_steps_are_counted_as_if_they_were_not_and_that_is_said() -> None:
+    assert len(_planned(SFTConfig()).assumed) == 1
+    assert "not compiled" in _planned(SFTConfig(compile="auto")).assumed[1]
+
+
+def test_a_plan_of_real_parameters_makes_no_copy_of_them_and_leaves_the_random_state() -> None:
+    model = gpt2.bind(CONFIG)
+    params, before = model.init(torch.Generator().manual_seed(0)), torch.get_rng_state()
+    policy = learner("policy", model, params, SFTConfig(adapter_rank=2, precision="bf16"))
+    assert all(leaf.is_meta for leaf in opened((policy.trained, policy.computing, policy.kept)).tensors)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_reference_that_adapters_share_with_the_policy_costs_nothing_in_bf16() -> None:
+    model = gpt2.bind(CONFIG)
+    params = template(model.init)
+    size = bytes_of(params)
+    for rank, other, made in ((2, None, 0), (2, params, size // 2), (None, None, size // 2)):
+        policy = learner("policy", model, params, SFTConfig(adapter_rank=rank, precision="bf16"))
+        assert policy.frozen(other)[1] == made
+        assert learner("policy", model, params, SFTConfig(adapter_rank=rank)).frozen(other)[1] == 0
+
+
 def _held_really(work: Any, given: tuple[Any, ...]) -> int:
     """The same count on tensors that have memory, inside the operator."""
     counter = _Counter(given)
@@ -244,6 +308,10 @@ def test_a_machine_with_less_is_told_what_to_change(
     monkeypatch.setattr(plan_table, "available", lambda device: 10**8)
     assert announce(plan, setting._replace(dry_run=True))
     assert len(said) == 3 and "--micro-batch-size" in said[-1] and "0.10 GB" in said[-1]
+    options = ("--adapter-rank", "--activation-recomputation")
+    assert not any(option in said[-1] for option in options)  # they are in use
+    announce(plan._replace(remedies=_planned(SFTConfig()).remedies), setting._replace(dry_run=True))
+    assert all(option in said[-1] for option in options)
 
 
 def test_the_table_has_every_entry_and_the_peak() -> None:
