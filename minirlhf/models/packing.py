@@ -156,7 +156,8 @@ def _owners(rows: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
 
 
 def _block_sizes(lengths: np.ndarray, blocks: int) -> list[int]:
-    """How many rows each of at most so many blocks has: of all cuts of the falling lengths [R] the one of the least work.
+    """How many rows each block has: of all cuts of the falling lengths [R] into at most `blocks` the one of
+    the least work.
 
     No block has a single row unless all rows are one block: a compiler makes another graph for size 1.
     """
