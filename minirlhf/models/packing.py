@@ -59,10 +59,10 @@ def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH, blocks: int =
         tokens: int64 [R, T] right-padded rows. lengths: int64 [R], 1 to T.
         worth: largest N / (R · T). blocks: most blocks of rows.
 
-    >>> packing = pack(torch.tensor([[7, 8, 9], [7, 8, 0]]), torch.tensor([3, 2]))
+    >>> packing = pack(torch.tensor([[7, 8], [7, 9]]), torch.tensor([2, 2]))
     >>> packing.tokens, packing.slots
-    (tensor([7, 8, 9]), tensor([[0, 1, 2],
-            [0, 1, 0]]))
+    (tensor([7, 8, 9]), tensor([[0, 1],
+            [0, 2]]))
     """
     device, rows, lengths = tokens.device, tokens.cpu(), lengths.cpu()
     (count, width), at = rows.shape, torch.arange(rows.shape[1])
