@@ -42,3 +42,17 @@ class Common:
     def setting(self) -> Setting:
         """What the stage is told besides its files and its own config."""
         return Setting(self.seed, self.device, self.reading)
+
+
+@dataclass(frozen=True)
+class Training(Common):
+    """What every stage takes that changes parameters."""
+
+    dry_run: bool = False
+    """Read the files and the shapes, print what each part of the run would need of memory, and stop: nothing
+    is trained, nothing is written."""
+
+    @property
+    def setting(self) -> Setting:
+        """What the stage is told besides its files and its own config."""
+        return super().setting._replace(dry_run=self.dry_run)

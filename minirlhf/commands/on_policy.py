@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from minirlhf.commands.common import Common, Device, Flat
+from minirlhf.commands.common import Device, Flat, Training
 from minirlhf.recipes import bounded
 from minirlhf.training import stages
 from minirlhf.training.group_config import GroupConfig
@@ -20,7 +20,7 @@ ESTIMATORS = {objective.name: objective for objective in (RLOO, GROUP_NORMALISED
 
 
 @dataclass(frozen=True)
-class OnPolicy(Common):
+class OnPolicy(Training):
     """What PPO and groups take."""
 
     policy: Path = field(kw_only=True)
@@ -37,7 +37,15 @@ class OnPolicy(Common):
     """The model to stay near (directory, .gguf, hub name); left out, the policy as it starts."""
     max_steps: int | None = None
     """Most iterations, whatever the other settings say; None: no bound."""
+    offload: bool = False
+    """CUDA: reference and reward model wait on the CPU between uses, which costs two copies an iteration. A
+    reward model that reads text stays on the device."""
     remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
+
+    @property
+    def setting(self) -> Setting:
+        """What the stage is told besides its files and its own config."""
+        return super().setting._replace(offload=self.offload)
 
 
 @dataclass(frozen=True)

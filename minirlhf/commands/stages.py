@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minirlhf.commands.common import Common, Flat
+from minirlhf.commands.common import Flat, Training
 from minirlhf.training import stages
 from minirlhf.training.preference import DPOConfig, IPOConfig
 from minirlhf.training.reward_model import RewardConfig
@@ -12,7 +12,7 @@ from minirlhf.training.sft import SFTConfig
 
 
 @dataclass(frozen=True)
-class Pretrain(Common):
+class Pretrain(Training):
     """Trains a model on plain text, every token of it: {"text"} rows."""
 
     policy: Path = field(kw_only=True)
@@ -27,7 +27,7 @@ class Pretrain(Common):
 
 
 @dataclass(frozen=True)
-class SFT(Common):
+class SFT(Training):
     """Supervised fine-tuning: the policy learns to imitate demonstrations; prompts are read, not learned."""
 
     policy: Path = field(kw_only=True)
@@ -42,7 +42,7 @@ class SFT(Common):
 
 
 @dataclass(frozen=True)
-class Reward(Common):
+class Reward(Training):
     """A Bradley-Terry reward model from the SFT model, normalised on the SFT model's own responses."""
 
     policy: Path = field(kw_only=True)
@@ -68,7 +68,7 @@ class Reward(Common):
 
 
 @dataclass(frozen=True)
-class Preference(Common):
+class Preference(Training):
     """What DPO and IPO take."""
 
     policy: Path = field(kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from minirlhf.models.adapters import (
     ALL_LINEAR,
@@ -32,6 +33,7 @@ from minirlhf.models.adapters import (
 from minirlhf.models.checkpoint import (
     ADAPTER_CONFIG,
     Normalisation,
+    Read,
     load_language_model,
     load_scalar_model,
     normalisation_of,
@@ -90,29 +92,33 @@ def is_adapter(directory: Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file()
 
 
-def read_language_model(directory: Path) -> tuple[LanguageModel, Params]:
+def read_language_model(directory: Path, *, read: Read = read_tensors) -> tuple[LanguageModel, Params]:
     """`load_language_model`, also of an adapter's directory: its base with the adapter merged.
+
+    A base that is read without memory is not held to the adapter's fingerprint of it.
 
     Raises:
         InputError: also where an option is not supported, the base is not found or is another one than the
             adapter was made for, or tensors are missing, unknown, misshapen or not finite.
     """
     if not is_adapter(directory):
-        return load_language_model(directory)
+        return load_language_model(directory, read=read)
     adapter = open_adapter(directory)
     _require_kind(adapter, scalar=False)
-    model, base = load_language_model(adapter.base)
-    return model, merged(_joined(adapter, model, base, base)[0])
+    model, base = load_language_model(adapter.base, read=read)
+    return model, merged(_joined(adapter, model, base, base, read)[0])
 
 
-def read_scalar_model(directory: Path) -> tuple[LanguageModel, Params, Normalisation]:
+def read_scalar_model(
+    directory: Path, *, read: Read = read_tensors
+) -> tuple[LanguageModel, Params, Normalisation]:
     """`load_scalar_model`, likewise. The base is the language model that the reward model was made of."""
     if not is_adapter(directory):
-        return load_scalar_model(directory)
+        return load_scalar_model(directory, read=read)
     adapter = open_adapter(directory)
     _require_kind(adapter, scalar=True)
-    model, base = load_language_model(adapter.base)
-    params, ours = _joined(adapter, model, base, without_head(model, base))
+    model, base = load_language_model(adapter.base, read=read)
+    params, ours = _joined(adapter, model, base, without_head(model, base), read)
     stated = {name: ours[name] for name in ("reward_shift", "reward_scale") if name in ours}
     return model, merged(params), normalisation_of(directory / WEIGHTS, stated or None)
 
@@ -210,7 +216,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _joined(
-    adapter: Adapter, model: LanguageModel, base: Params, backbone: Params
+    adapter: Adapter, model: LanguageModel, base: Params, backbone: Params, read: Read
 ) -> tuple[Params, dict[str, Any]]:
     """The backbone with the adapter's tensors, and what the file says in our key."""
     file = adapter.directory / WEIGHTS
@@ -218,7 +224,8 @@ def _joined(
         raise InputError(f"{adapter.directory}: has no {WEIGHTS} (pickles are not read: they can run code)")
     stored, metadata = stored_in(file)
     ours = _ours(file, metadata)
-    if ours.get("base_sha256") not in (None, fingerprint(base)):
+    computed = all(not leaf.is_meta for leaf in tree_leaves(base))
+    if computed and ours.get("base_sha256") not in (None, fingerprint(base)):
         raise InputError(
             f"{adapter.directory}: was made for another base than {adapter.base} holds now (the fingerprint "
             f"in {WEIGHTS} differs); adapters act on the very weights that they were trained beside"
@@ -227,7 +234,7 @@ def _joined(
     require_same(
         file, _expected(adapter, model, base, layers), {name: each.shape for name, each in stored.items()}
     )
-    return _beside(adapter, model, backbone, layers, read_tensors(stored)), ours
+    return _beside(adapter, model, backbone, layers, read(stored)), ours
 
 
 def _layers(adapter: Adapter, model: LanguageModel, base: Params) -> list[str]:

@@ -8,7 +8,7 @@ fp32, never pickle.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,10 @@ _OURS = "minirlhf"  # our key in config.json
 _HEAD = "score.weight"
 
 
+Read = Callable[[Mapping[str, Stored]], dict[str, torch.Tensor]]
+"""What the files' headers say -> the tensors."""
+
+
 class Normalisation(NamedTuple):
     """Raw score -> reward: (raw - shift) / scale. The identity unless measured."""
 
@@ -49,11 +53,12 @@ class Normalisation(NamedTuple):
     scale: float = 1.0
 
 
-def load_language_model(directory: Path) -> tuple[LanguageModel, Params]:
+def load_language_model(directory: Path, *, read: Read = read_tensors) -> tuple[LanguageModel, Params]:
     """Reads a policy.
 
     Args:
         directory: with config.json and model.safetensors (or the shards of its index).
+        read: how tensors are read; `tensor_files.without_memory` gives their shapes alone.
 
     Returns:
         The model bound to its config, and its parameters in fp32 on the CPU.
@@ -62,17 +67,19 @@ def load_language_model(directory: Path) -> tuple[LanguageModel, Params]:
         InputError: the directory or a file is missing or broken, an option is not supported, it holds a
             reward model, or tensors are missing, unknown, misshapen or not finite. Nothing is guessed.
     """
-    model, params, _ = _load(Path(directory), scalar=False)
+    model, params, _ = _load(Path(directory), scalar=False, read=read)
     return model, params
 
 
-def load_scalar_model(directory: Path) -> tuple[LanguageModel, Params, Normalisation]:
+def load_scalar_model(
+    directory: Path, *, read: Read = read_tensors
+) -> tuple[LanguageModel, Params, Normalisation]:
     """Reads a reward model: the backbone, `params["score"]`, and how to normalise its raw score.
 
     A directory that says nothing about normalisation gets the identity. Raises as `load_language_model`
     does, also for a directory that holds a language model without a head, or a head of several labels.
     """
-    model, params, entries = _load(Path(directory), scalar=True)
+    model, params, entries = _load(Path(directory), scalar=True, read=read)
     return model, params, normalisation_of(Path(directory) / CONFIG, entries.get(_OURS))
 
 
@@ -125,7 +132,7 @@ def save_scalar_model(
     _save(Path(directory), model, params, entries, file, scalar=True)
 
 
-def _load(directory: Path, *, scalar: bool) -> tuple[LanguageModel, Params, dict[str, Any]]:
+def _load(directory: Path, *, scalar: bool, read: Read) -> tuple[LanguageModel, Params, dict[str, Any]]:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
@@ -157,8 +164,9 @@ def _load(directory: Path, *, scalar: bool) -> tuple[LanguageModel, Params, dict
     if repeated:
         shapes[head] = shapes[embedding]
     require_same(directory, shapes, {name: each.shape for name, each in stored.items()})
-    tensors = read_tensors(stored)
-    if repeated and not torch.equal(tensors[head], tensors[embedding]):
+    tensors = read(stored)
+    known = repeated and not tensors[head].is_meta
+    if known and not torch.equal(tensors[head], tensors[embedding]):
         raise InputError(
             f"{directory}: {head} differs from {embedding}, but its config says that the head is tied"
         )

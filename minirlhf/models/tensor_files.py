@@ -164,6 +164,11 @@ def read_tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     return tensors
 
 
+def without_memory(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """What `read_tensors` would return, on the meta device: shapes, and no byte of the files' data."""
+    return {name: torch.empty(each.shape, device="meta") for name, each in stored.items()}
+
+
 def require_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
     """An InputError that lists the tensors with NaN or infinite entries, if any."""
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]

@@ -54,15 +54,7 @@ class Cache:
         self, shape: CacheShape, parts: Sequence[Part], before: int, slots: int, limits: _Ints,
         *, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        own, shared = [], []
-        for part in parts:
-            alone = len(part.rows) == 1
-            full = (len(part.prompt) - before) // PAGE
-            rest = len(part.prompt) - before - (0 if alone else full * PAGE)
-            own += [pages_for(rest + int(limits[row])) for row in part.rows]
-            shared += [] if alone else [full]
-        capacity = [sum(sorted(pages, reverse=True)[:slots]) for pages in (own, shared)] + [before // PAGE]
-        page_bytes = 2 * shape.layers * shape.heads * PAGE * shape.width * dtype.itemsize
+        capacity, page_bytes = capacity_of(parts, before, slots, limits), bytes_of_page(shape, dtype)
         if device.type == "cpu":
             self.room = Room("KV cache", sum(capacity) * page_bytes)
             empty = partial(self.room.take, dtype=dtype)
@@ -153,6 +145,23 @@ class Cache:
             end = position[self.own.readers[: self.own.used, 0]]
             tokens = shared * PAGE + int(np.minimum(end - self.own.start[: self.own.used], PAGE).sum())
             self.use = self.use._replace(tokens=tokens, pages=pages)
+
+
+def capacity_of(parts: Sequence[Part], before: int, slots: int, limits: _Ints) -> list[int]:
+    """Pages of rows, of prompts that rows share, and of what all begin with, in the worst case of `Cache`."""
+    own, shared = [], []
+    for part in parts:
+        alone = len(part.rows) == 1
+        full = (len(part.prompt) - before) // PAGE
+        rest = len(part.prompt) - before - (0 if alone else full * PAGE)
+        own += [pages_for(rest + int(limits[row])) for row in part.rows]
+        shared += [] if alone else [full]
+    return [sum(sorted(pages, reverse=True)[:slots]) for pages in (own, shared)] + [before // PAGE]
+
+
+def bytes_of_page(shape: CacheShape, dtype: torch.dtype) -> int:
+    """Keys and values of PAGE tokens in all layers."""
+    return 2 * shape.layers * shape.heads * PAGE * shape.width * dtype.itemsize
 
 
 def in_pages(leaf: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from minirlhf.rollout.parts import Part
 Law = Callable[[Tensor], Tensor]
 """Logits [B, V] -> normalised log-probabilities [B, V], as `partial(sampling_law, temperature=0.7)`."""
 
-_PREFILL_TOKENS = 8192  # most of one forward pass, padding included, unless one part alone has more
+PREFILL_TOKENS = 8192  # most of one forward pass, padding included, unless one part alone has more
 _REFILL = 8  # new prompts wait until one slot in this many is free: a forward pass reads all weights
 
 _Ints = NDArray[np.int64]
@@ -125,7 +125,7 @@ class Engine:
         while self.queue and len(self.queue[0].rows) <= free:
             part = self.queue[0]
             width = max(width, len(part.prompt) - len(self.beginning))
-            if joining and width * (len(joining) + 1) > _PREFILL_TOKENS:
+            if joining and width * (len(joining) + 1) > PREFILL_TOKENS:
                 break
             joining.append(self.queue.popleft())
             free -= len(part.rows)

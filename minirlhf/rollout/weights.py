@@ -19,7 +19,7 @@ Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.kernels import cpu
 from minirlhf.kernels.memory import Room
-from minirlhf.models.adapters import merged
+from minirlhf.models.adapters import adapted_layers, merged
 from minirlhf.models.interface import Params
 from minirlhf.models.stand_in import StandIn
 
@@ -39,6 +39,7 @@ _SMALLEST = 2**18  # entries; below, calling costs more than the better product 
 _FEWEST_SLOTS = 2  # below, the plain product was as fast
 _PACKED_STEPS = 16  # packing costs about as much as it saves in five steps
 _MOST_ROWS = 512  # of one product; above, torch's own was up to a tenth faster
+_ROUNDED = {torch.float32, torch.bfloat16, torch.float64}
 _MOST_ONEDNN = 128  # slots, from which torch's own was as fast as oneDNN's packed one
 
 
@@ -54,20 +55,59 @@ def fastest(params: Params, slots: int, steps: int) -> Params:
     order: logits differ by rounding, as between batch sizes. Adapters are merged, but not in 16 bits: there
     W + ΔW would lose most of a small ΔW to rounding, and be another law than the trainer's.
     """
-    leaf = next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
-    if leaf.dtype.itemsize > 2:
-        params = merged(params)
-    if leaf.device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
+    params = merged(params) if _merges(params) else params
+    if not _packing_pays(_first(params).device, slots, steps):
         return params
     if cpu.available():
-        sizes = [leaf.shape for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
-        # Which side is the input shows at the first product.
-        entries = sum(max(cpu.packed_size(a, b), cpu.packed_size(b, a)) + 16 for a, b in sizes)
-        room = Room("packed weights", entries * torch.float32.itemsize)
+        room = Room("packed weights", _packed_bytes(params))
         return _replaced(params, partial(Packed, room=room), {torch.float32})
-    if slots > _MOST_ONEDNN or not torch.backends.mkldnn.is_available():
-        return params
     return _replaced(params, partial(Reordered, rows=slots), {torch.float32})
+
+
+class Copies(NamedTuple):
+    """Bytes of a rollout's own weights: in a room, which goes when nothing uses it; on the heap; and, on the
+    heap too, weights with their adapters added in."""
+
+    room: int = 0
+    heap: int = 0
+    merged: int = 0
+
+
+def copies_of(weights: Weights, params: Params, slots: int, steps: int, device: torch.device) -> Copies:
+    """What `weights`, one of this page, would make of parameters of these shapes on this device."""
+    merges = weights is int8 or (weights is fastest and _merges(params))
+    dense = sum(layer.weight.nbytes for layer in adapted_layers(params).values()) if merges else 0
+    if weights is int8:
+        sizes = [leaf.numel() for leaf in tree_leaves(params) if _to_replace(leaf, _ROUNDED)]
+        # While one is made: itself over its scales in fp32, and its bytes before they are packed.
+        return Copies(heap=sum(sizes) + 5 * max(sizes, default=0), merged=dense)
+    if weights is not fastest or not _packing_pays(device, slots, steps):
+        return Copies(merged=dense)
+    if cpu.available():
+        return Copies(room=_packed_bytes(params), merged=dense)
+    replaced = [leaf.nbytes for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
+    return Copies(heap=sum(replaced), merged=dense)
+
+
+def _first(params: Params) -> Tensor:
+    return next(leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor))
+
+
+def _merges(params: Params) -> bool:
+    return _first(params).dtype.itemsize > 2
+
+
+def _packing_pays(device: torch.device, slots: int, steps: int) -> bool:
+    if device.type != "cpu" or slots < _FEWEST_SLOTS or steps < _PACKED_STEPS:
+        return False
+    return cpu.available() or (slots <= _MOST_ONEDNN and torch.backends.mkldnn.is_available())
+
+
+def _packed_bytes(params: Params) -> int:
+    sizes = [leaf.shape for leaf in tree_leaves(params) if _to_replace(leaf, {torch.float32})]
+    # Which side is the input shows at the first product.
+    entries = sum(max(cpu.packed_size(a, b), cpu.packed_size(b, a)) + 16 for a, b in sizes)
+    return entries * torch.float32.itemsize
 
 
 def int8(params: Params, slots: int, steps: int) -> Params:
@@ -80,7 +120,7 @@ def int8(params: Params, slots: int, steps: int) -> Params:
     is quantised by itself, so it does not depend on its batch mates. Biases, norms, attention and embeddings
     keep their precision.
     """
-    return _replaced(merged(params), Int8, {torch.float32, torch.bfloat16, torch.float64})
+    return _replaced(merged(params), Int8, _ROUNDED)
 
 
 class _Prepared(StandIn):

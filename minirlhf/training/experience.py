@@ -20,6 +20,7 @@ from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
 from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
+from minirlhf.training.offload import Lendable, using
 from minirlhf.training.packed import Pack, together
 
 
@@ -94,7 +95,7 @@ class Sampled(NamedTuple):
 def collect(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     critic: Params,
     rollout: Rollout,
     score: Tensor,
@@ -123,7 +124,9 @@ def collect(
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=temperature)
     old_logp = by_rows(partial(law, policy), rollout, micro_batch_size=micro_batch_size)
-    ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=micro_batch_size)
+    ref_logp = using(
+        reference, lambda near: by_rows(partial(law, near), rollout, micro_batch_size=micro_batch_size)
+    )
     old_value = by_rows(partial(value_of, model, critic), rollout, micro_batch_size=micro_batch_size)
     check_finite(policy=old_logp, reference=ref_logp, critic=old_value)
     penalised = penalised_score(score, rollout, missing_eos_penalty=missing_eos_penalty)

@@ -25,6 +25,7 @@ from minirlhf.objectives.masked import select, sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
 from minirlhf.training.experience import by_rows, check_finite, logp_of, penalised_score
 from minirlhf.training.group_config import GroupConfig
+from minirlhf.training.offload import Lendable, using
 from minirlhf.training.ppo_sampling import corrected, prompts_of, respond
 from minirlhf.training.rewards import Scorer
 
@@ -91,7 +92,7 @@ class GroupSampled(NamedTuple):
 def sample(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     config: GroupConfig,
@@ -142,7 +143,7 @@ def grouped(prompt_index: Tensor, samples: int) -> Tensor:
 def collect(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     rollout: Rollout,
     score: Tensor,
     config: GroupConfig,
@@ -165,7 +166,9 @@ def collect(
     mask = response_mask(rollout)
     law = partial(logp_of, model, temperature=config.temperature)
     old_logp = by_rows(partial(law, policy), rollout, micro_batch_size=config.micro_batch_size)
-    ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=config.micro_batch_size)
+    ref_logp = using(
+        reference, lambda near: by_rows(partial(law, near), rollout, micro_batch_size=config.micro_batch_size)
+    )
     check_finite(policy=old_logp, reference=ref_logp)
     penalised = penalised_score(score, rollout, missing_eos_penalty=config.missing_eos_penalty)
     ret = penalised - config.kl_coefficient * sequence_sum(kl_k1(old_logp, ref_logp, mask), mask)

@@ -38,6 +38,7 @@ from minirlhf.training.group_experience import (
 from minirlhf.training.group_metrics import sampled_metrics
 from minirlhf.training.group_update import optimise
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
+from minirlhf.training.offload import Lendable, formed
 from minirlhf.training.ppo import Task, best_so_far, check_prompts
 from minirlhf.training.ppo_metrics import learning_metrics
 from minirlhf.training.ppo_sampling import seeded
@@ -136,7 +137,7 @@ def iteration(
 def train(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     config: GroupConfig,
@@ -169,8 +170,10 @@ def train(
     check_prompts(prompts, config.max_response, context=model.config.n_positions)
     actor = trained(model, policy, config, generator=seeded(seed, "policy adapters", 0))
     differentiate = gradients_of(actor.initial, prompts, config, rows=config.batch_size, name="group")
-    task = Task(model, actor.frozen(reference), scorer, prompts, stops, differentiate, policy=actor.whole)
+    near = formed(reference, actor.frozen)
+    task = Task(model, near, scorer, prompts, stops, differentiate, policy=actor.whole)
     state, hooks = begin(actor.initial), {"evaluate": evaluate, "keep": keep}
+    del policy, actor  # a copy is trained; without adapters the first tensors are gone where nobody has them
     judge = partial(best_so_far, criterion=config.metric_for_best_model, whole=task.policy, **hooks)
     best, metrics = judge(None, state.policy.params, 0)
     if log is not None and metrics:

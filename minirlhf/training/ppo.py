@@ -25,6 +25,7 @@ from minirlhf.objectives.divergence import KLController, adapt_kl
 from minirlhf.runs import InputError
 from minirlhf.training.experience import Sampled
 from minirlhf.training.loop import Evaluate, Keep, Log, Metrics, StageResult
+from minirlhf.training.offload import Lendable, formed
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_metrics import learning_metrics, sampled_metrics
 from minirlhf.training.ppo_sampling import sample, seeded
@@ -70,7 +71,7 @@ class Task(NamedTuple):
     """
 
     model: LanguageModel
-    reference: Params
+    reference: Lendable
     scorer: Scorer
     prompts: Sequence[Sequence[int]]
     stop_ids: Sequence[int]
@@ -135,7 +136,7 @@ def iteration(task: Task, state: PPOState, config: PPOConfig, *, seed: int, rate
 def train(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     critic: Params,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
@@ -178,7 +179,7 @@ def train(
     differentiate = gradients_of(actor.initial, prompts, config, rows=2 * config.batch_size, name="ppo")
     task = Task(
         model,
-        actor.frozen(reference),
+        formed(reference, actor.frozen),
         scorer,
         prompts,
         stops,
@@ -187,6 +188,8 @@ def train(
         critic=valuer.whole,
     )
     state = begin(actor.initial, valuer.initial, config)
+    # Copies are trained; without adapters the first tensors are gone where the caller has let them go.
+    del policy, critic, actor, valuer
     hooks = {"evaluate": evaluate, "keep": keep}
     judge = partial(best_so_far, criterion=config.metric_for_best_model, whole=task.policy, **hooks)
     best, metrics = judge(None, state.learners.policy.params, 0)

@@ -28,6 +28,7 @@ from minirlhf.training.experience import (
 )
 from minirlhf.training.guards import check_sampler, measure_for
 from minirlhf.training.mismatch import WEIGHTS, tolerated_gap, weighted
+from minirlhf.training.offload import Lendable, using
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.rewards import Scorer
 
@@ -35,7 +36,7 @@ from minirlhf.training.rewards import Scorer
 def sample(
     model: LanguageModel,
     policy: Params,
-    reference: Params,
+    reference: Lendable,
     critic: Params,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
@@ -149,7 +150,7 @@ def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
 
 def objective_on(
     model: LanguageModel,
-    reference: Params,
+    reference: Lendable,
     scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     config: OnPolicyConfig,
@@ -188,7 +189,8 @@ def objective_on(
         )
         law = partial(logp_of, model, temperature=config.temperature)
         logp = by_rows(partial(law, params), rollout, micro_batch_size=config.micro_batch_size)
-        ref_logp = by_rows(partial(law, reference), rollout, micro_batch_size=config.micro_batch_size)
+        size = config.micro_batch_size
+        ref_logp = using(reference, lambda near: by_rows(partial(law, near), rollout, micro_batch_size=size))
         mask = response_mask(rollout)
         score = penalised_score(
             scorer(rollout, index), rollout, missing_eos_penalty=config.missing_eos_penalty

@@ -9,6 +9,7 @@ the response, in nats; rewards are β times the log-ratio to the reference, for 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ from minirlhf.training.pairs import (
     per_row,
     table,
 )
-from minirlhf.training.trained import trained
+from minirlhf.training.trained import Trained, trained
 
 
 def train_dpo(
@@ -149,11 +150,52 @@ def train(
         GuardError: policy and reference differ at the start (see `PreferenceConfig.start_at_reference`).
         NonFiniteError: a loss or gradient was not finite.
     """
-    device, size = device_of(params), config.micro_batch_size
-    start = trained(model, params, config, generator=generator)
-    referred = partial(with_reference, model, start.frozen(ref_params), micro_batch_size=size)
-    pairs = referred(pair_rows(train_pairs, name="training", model=model))
-    held_out = referred(pair_rows(validation_pairs, name="validation", model=model))
+    start, size = trained(model, params, config, generator=generator), config.micro_batch_size
+    referred = refer(model, start.frozen(ref_params), train_pairs, validation_pairs, micro_batch_size=size)
+    hooks = {"evaluate": evaluate, "log": log, "keep": keep}
+    return train_referred(model, start, referred, config, objective, generator=generator, **hooks)
+
+
+class Referred(NamedTuple):
+    """Pairs with the reference's log-probs, which are all that training needs of it."""
+
+    train: PairRows
+    validation: PairRows
+
+
+def refer(
+    model: LanguageModel,
+    ref_params: Params,
+    train_pairs: Sequence[PairExample],
+    validation_pairs: Sequence[PairExample],
+    *,
+    micro_batch_size: int,
+) -> Referred:
+    """The first half of `train`: the reference, as `Trained.frozen` makes it, reads all pairs once.
+
+    Raises:
+        InputError: a set is empty, a pair is unusable, or a log-prob of the reference is not finite.
+    """
+    read = partial(with_reference, model, ref_params, micro_batch_size=micro_batch_size)
+    sets = ((train_pairs, "training"), (validation_pairs, "validation"))
+    return Referred(*(read(pair_rows(pairs, name=name, model=model)) for pairs, name in sets))
+
+
+def train_referred(
+    model: LanguageModel,
+    start: Trained,
+    referred: Referred,
+    config: PreferenceConfig,
+    objective: PairObjective,
+    *,
+    generator: torch.Generator,
+    evaluate: Evaluate | None = None,
+    log: Log | None = None,
+    keep: Keep | None = None,
+) -> StageResult:
+    """The second half of `train`, whose arguments and errors these are; the reference may be gone by now."""
+    device, size = device_of(start.initial), config.micro_batch_size
+    pairs, held_out = referred
     stage = Stage(
         name=objective.name,
         loss=partial(loss, model=model_of_loss(model, config), objective=objective),
@@ -165,7 +207,7 @@ def train(
         layout=layout_metrics,
     )
     if config.start_at_reference:
-        first = stage.cut(torch.arange(min(len(train_pairs), config.batch_size)))
+        first = stage.cut(torch.arange(min(len(stage.lengths), config.batch_size)))
         check_start(start.whole.computing(start.initial), first, objective, loss=stage.loss)
     hooks = {"evaluate": evaluate, "log": log, "keep": keep}
     return train_loop(start.initial, stage, config, generator=generator, whole=start.whole, **hooks)

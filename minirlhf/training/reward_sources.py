@@ -24,7 +24,9 @@ from minirlhf.models.interface import Params, with_scalar_head
 from minirlhf.models.sources import resolve_model
 from minirlhf.rollout.sampler import Rollout
 from minirlhf.runs import InputError
+from minirlhf.training.device import move, resolve
 from minirlhf.training.http_reward import RemoteConfig, http_scorer, shown
+from minirlhf.training.offload import waiting, where_it_waits
 from minirlhf.training.prompt_rows import PromptRow
 from minirlhf.training.rewards import Scorer, critic_from_reward_model, reward_model_scorer, text_scorer
 from minirlhf.training.setting import Setting, generator_for
@@ -99,18 +101,21 @@ def of_reward_model(path: Path, setting: Setting) -> Reward:
     Raises:
         InputError: there is no such model; from `scorer`: a prompt leaves no room in its context.
     """
-    judge, told = load_reward_model(path, setting), set[Path]()
+    judge, told = load_reward_model(path, where_it_waits(setting)), set[Path]()
+    device = resolve(setting.device)
 
     def scorer(policy: Checkpoint, prompts: Sequence[PromptRow], max_response: int) -> Scorer:
         why = why_text(policy, judge)
         if why is None:
             _require_room(judge, prompts, max_response)
-            return reward_model_scorer(judge.model, judge.params, judge.normalisation)
+            params = waiting(judge.params, device) if setting.offload else judge.params
+            return reward_model_scorer(judge.model, params, judge.normalisation)
         if policy.path not in told:  # once, not for every part of the prompts
             setting.show(f"reward model {path} reads text: {why} from that of {policy.path}")
             told.add(policy.path)
         asked = [row.row for row in prompts]
-        return text_model_scorer(judge, policy.tokenizer, asked, say=setting.show)
+        here = judge._replace(params=move(judge.params, device)) if setting.offload else judge
+        return text_model_scorer(here, policy.tokenizer, asked, say=setting.show)
 
     return Reward(
         f"reward model {path}", _finite(f"reward model {path}", scorer), {"reward_model": path}, {}, judge

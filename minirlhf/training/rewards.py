@@ -15,10 +15,15 @@ from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params, scalar
 from minirlhf.models.packing import Packing, hidden, pack
 from minirlhf.rollout.sampler import Rollout, responses
+from minirlhf.training.offload import Lendable, using
 from minirlhf.training.packed import together
 
 Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
+
+
+SCORED_ROWS = 64
+"""Rows that a reward model reads at a time."""
 
 
 class Decoder(Protocol):
@@ -30,7 +35,11 @@ class Decoder(Protocol):
 
 
 def reward_model_scorer(
-    model: LanguageModel, params: Params, normalisation: Normalisation, *, micro_batch_size: int = 64
+    model: LanguageModel,
+    params: Lendable,
+    normalisation: Normalisation,
+    *,
+    micro_batch_size: int = SCORED_ROWS,
 ) -> Scorer:
     """Our own reward model, on the very ids that were sampled.
 
@@ -47,12 +56,17 @@ def reward_model_scorer(
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
         del prompt_index  # the prompt is in the ids
-        order, raw = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths), []
-        for rows in order.split(micro_batch_size):
-            lengths = rollout.lengths[rows]
-            tokens = rollout.tokens[rows, : int(lengths.max())]
-            raw.append(raw_score(model, params, tokens, lengths, pack(tokens, lengths)))
-        in_order = torch.cat(raw)
+        order = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
+
+        def read(here: Params) -> Tensor:
+            raw = []
+            for rows in order.split(micro_batch_size):
+                lengths = rollout.lengths[rows]
+                tokens = rollout.tokens[rows, : int(lengths.max())]
+                raw.append(raw_score(model, here, tokens, lengths, pack(tokens, lengths)))
+            return torch.cat(raw)
+
+        in_order = using(params, read)
         scores = torch.empty_like(in_order).index_copy_(0, order, in_order)
         return (scores - normalisation.shift) / normalisation.scale
 

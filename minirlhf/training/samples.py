@@ -19,6 +19,7 @@ from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate, responses
 
 SHOWN = 3
+RESPONSE = 64  # tokens
 
 
 def sample_responses(
@@ -47,6 +48,14 @@ def sample_responses(
     return [tokenizer.decode(ids) for ids in responses(rollout)]
 
 
+def shown_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], *, max_response: int = RESPONSE
+) -> tuple[list[list[int]], int]:
+    """The first few prompts that leave room for a response, and the most tokens of theirs."""
+    fitting = list(islice((list(ids) for ids in prompts if len(ids) < model.config.n_positions), SHOWN))
+    return fitting, min(max_response, model.config.n_positions - max(map(len, fitting), default=0))
+
+
 def sample_watcher(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -55,11 +64,10 @@ def sample_watcher(
     *,
     stage: str,
     seed: int,
-    max_response: int = 64,
+    max_response: int = RESPONSE,
 ) -> Callable[[Params], dict[str, float]]:
     """An evaluation that adds no metric: it shows responses, and appends them to folder/samples.jsonl."""
-    fitting = list(islice((list(ids) for ids in prompts if len(ids) < model.config.n_positions), SHOWN))
-    room = min(max_response, model.config.n_positions - max(map(len, fitting), default=0))
+    fitting, room = shown_prompts(model, prompts, max_response=max_response)
     calls = 0
 
     def watch(params: Params) -> dict[str, float]:

@@ -95,6 +95,8 @@ class Setting(NamedTuple):
 
     seed: of everything random. device: by name. reading: as above.
     show: prints one line. log: the run's metrics, beside the stage's own.
+    dry_run: read files and shapes, say the memory plan, and stop before anything is written.
+    offload: reference and reward model wait on the CPU between uses (CUDA alone).
     """
 
     seed: int
@@ -102,6 +104,8 @@ class Setting(NamedTuple):
     reading: ReadingConfig
     show: Callable[[object], None] = print
     log: Log | None = None
+    dry_run: bool = False
+    offload: bool = False
 
 
 def seed_for(setting: Setting, purpose: str) -> int:

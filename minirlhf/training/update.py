@@ -283,9 +283,9 @@ def _owned(leaves: list[Tensor]) -> list[Tensor]:
     own = []
     for leaf in leaves:
         memory = leaf.untyped_storage()
-        whole = memory.nbytes() == leaf.numel() * leaf.itemsize and memory.data_ptr() not in seen
+        whole = memory.nbytes() == leaf.numel() * leaf.itemsize and memory._cdata not in seen
         own.append(leaf if whole else leaf.clone(memory_format=torch.contiguous_format))
-        seen.add(memory.data_ptr())
+        seen.add(memory._cdata)  # an identity that tensors without memory have, too
     return own
 
 

@@ -16,10 +16,11 @@ from minirlhf.data.source import fingerprint
 from minirlhf.data.templates.source import find_template
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, no_template
 from minirlhf.models.adapter_files import is_adapter, open_adapter, read_language_model, read_scalar_model
-from minirlhf.models.checkpoint import TOKENIZER, Normalisation
+from minirlhf.models.checkpoint import TOKENIZER, Normalisation, Read
 from minirlhf.models.families import with_stop_ids
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.models.sources import resolve_model
+from minirlhf.models.tensor_files import read_tensors, without_memory
 from minirlhf.runs import (
     InputError,
     MetricsWriter,
@@ -61,14 +62,14 @@ def load_policy(path: Path, setting: Setting) -> Checkpoint:
         InputError: there is no such model, or its tokenizer knows ids that it has no row for.
     """
     device, path = resolve(setting.device), resolve_model(path)
-    model, params = read_language_model(path)
+    model, params = read_language_model(path, read=_reader(setting))
     return _loaded(path, model, params, Normalisation(0.0, 1.0), device, setting)
 
 
 def load_reward_model(path: Path, setting: Setting) -> Checkpoint:
     """Reads a reward model, its normalisation and its tokenizer; raises as `load_policy` does."""
     device, path = resolve(setting.device), resolve_model(path)
-    model, params, normalisation = read_scalar_model(path)
+    model, params, normalisation = read_scalar_model(path, read=_reader(setting))
     return _loaded(path, model, params, normalisation, device, setting)
 
 
@@ -92,7 +93,13 @@ def _loaded(
     # An id beyond the vocabulary (a family's default in a small model) cannot be drawn.
     ends = [end for end in (tokenizer.eos_id, *model.stop_ids) if end < model.config.vocab_size]
     bound = with_stop_ids(model, tuple(dict.fromkeys(ends)))
-    return Checkpoint(path, bound, move(params, device), tokenizer, normalisation)
+    here = params if setting.dry_run else move(params, device)
+    return Checkpoint(path, bound, here, tokenizer, normalisation)
+
+
+def _reader(setting: Setting) -> Read:
+    """A dry run has shapes enough."""
+    return without_memory if setting.dry_run else read_tensors
 
 
 def load_reference(path: Path, policy: Checkpoint, setting: Setting) -> Checkpoint:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.data.spool import LazySequence
+from minirlhf.models.interface import Params
 from minirlhf.training import group_policy as group_page
 from minirlhf.training import ppo as ppo_page
+from minirlhf.training.device import move, resolve
 from minirlhf.training.experience import Sampled
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GroupObjective, GroupSampled
 from minirlhf.training.inputs import read_prompt_rows
+from minirlhf.training.offload import waiting, where_it_waits
+from minirlhf.training.on_policy_plan import Models, on_policy_plan
+from minirlhf.training.plan_table import announce
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_sampling import objective_on
 from minirlhf.training.progress import Advance, progress
@@ -47,6 +52,28 @@ def _task(start: Checkpoint, reward: Reward, data: Path, max_response: int, sett
     return _Task(train, _ids(parts.train), held_out, _ids(parts.validation))
 
 
+def _models(policy: Path, reference: Path, setting: Setting) -> tuple[Checkpoint, Checkpoint]:
+    """Policy and reference, on the CPU where they are to wait there."""
+    there = where_it_waits(setting)
+    start = load_policy(policy, there)
+    return start, load_reference(reference, start, there)
+
+
+def _read(
+    start: Checkpoint, near: Checkpoint, critic: Params | None, reward: Reward, setting: Setting
+) -> Models:
+    judge = reward.backbone
+    return Models(
+        start.model,
+        start.params,
+        near.params,
+        critic,
+        None if judge is None else judge.model,
+        None if judge is None else judge.params,
+        setting.offload,
+    )
+
+
 def _ids(prompts: Sequence[PromptRow]) -> Sequence[list[int]]:
     return LazySequence(len(prompts), lambda i: prompts[i].ids)
 
@@ -64,10 +91,15 @@ def ppo(
 ) -> Metrics:
     """PPO from the policy, near the reference, towards what the reward prefers."""
     refuse_existing(out)
-    start = load_policy(policy, setting)
-    near = load_reference(reference, start, setting)
-    task = _task(start, reward, data, config.max_response, setting)
+    start, near = _models(policy, reference, setting)
+    task, device = _task(start, reward, data, config.max_response, setting), resolve(setting.device)
     critic = critic_for(reward, start, setting)
+    plan = on_policy_plan(
+        name, _read(start, near, critic, reward, setting), task.prompts, task.held_out, config, device=device
+    )
+    if announce(plan, setting):
+        return {}
+    reference_params = waiting(near.params, device) if setting.offload else near.params
     files = {"prompts": data} | reward.data
     weights = {"policy": start.path, "reference": near.path} | reward.weights
     save = partial(save_policy, start)
@@ -77,16 +109,16 @@ def ppo(
     ):
         result = ppo_page.train(
             start.model,
-            start.params,
-            near.params,
-            critic,
+            move(start.params, device),
+            reference_params,
+            move(critic, device),
             task.scorer,
             task.prompts,
             config,
             seed=seed_for(setting, "ppo"),
             evaluate=objective_on(
                 start.model,
-                near.params,
+                reference_params,
                 task.held_out_scorer,
                 task.held_out,
                 config,
@@ -113,9 +145,14 @@ def group(
 ) -> Metrics:
     """Several samples per prompt and no critic, near the reference, towards what the reward prefers."""
     refuse_existing(out)
-    start = load_policy(policy, setting)
-    near = load_reference(reference, start, setting)
-    task = _task(start, reward, data, config.max_response, setting)
+    start, near = _models(policy, reference, setting)
+    task, device = _task(start, reward, data, config.max_response, setting), resolve(setting.device)
+    plan = on_policy_plan(
+        name, _read(start, near, None, reward, setting), task.prompts, task.held_out, config, device=device
+    )
+    if announce(plan, setting):
+        return {}
+    reference_params = waiting(near.params, device) if setting.offload else near.params
     files = {"prompts": data} | reward.data
     weights = {"policy": start.path, "reference": near.path} | reward.weights
     seed, other = seed_for(setting, "group"), seed_for(setting, "group validation")
@@ -126,15 +163,15 @@ def group(
     ):
         result = group_page.train(
             start.model,
-            start.params,
-            near.params,
+            move(start.params, device),
+            reference_params,
             task.scorer,
             task.prompts,
             config,
             objective=objective,
             seed=seed,
             evaluate=objective_on(
-                start.model, near.params, task.held_out_scorer, task.held_out, config, seed=other
+                start.model, reference_params, task.held_out_scorer, task.held_out, config, seed=other
             ),
             keep=stage.keep,
             log=partial(_log_iteration, stage, advance, config.batch_size),

@@ -16,10 +16,13 @@ from minirlhf.rollout.sampler import Rollout, generate
 from minirlhf.runs import InputError
 from minirlhf.training import reward_model as reward_page
 from minirlhf.training.baselines import FITTED_PAIRS, bag_of_words_accuracy, length_only_accuracy
+from minirlhf.training.device import resolve
 from minirlhf.training.inputs import Parts, context_of, read_pairs, tokenise_pairs
+from minirlhf.training.plan_table import announce
 from minirlhf.training.progress import sampling
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.setting import NormaliseConfig, Setting, generator_for, seed_for
+from minirlhf.training.stage_plans import reward_plan
 from minirlhf.training.stages.around import Metrics, prompts_of, save_scalar, tell
 from minirlhf.training.workspace import Checkpoint, load_policy, open_stage, refuse_existing
 
@@ -48,6 +51,19 @@ def reward(
         probes = tokenise_pairs(start, pairs, setting).examples
     generator = generator_for(setting, "reward")
     initial = with_scalar_head(start.model, start.params, generator=generator)
+    plan = reward_plan(
+        start.model,
+        start.params,
+        initial,
+        parts.train,
+        parts.validation,
+        prompts_of(parts.validation),
+        config,
+        normalise,
+        device=resolve(setting.device),
+    )
+    if announce(plan, setting):
+        return {}
     files = {"preferences": data} | ({} if probe is None else {"probe": probe})
     save = partial(save_scalar, start, Normalisation(0.0, 1.0))
     weights = {"policy": start.path}

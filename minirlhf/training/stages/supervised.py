@@ -15,9 +15,12 @@ from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import save_language_model
 from minirlhf.runs import InputError
 from minirlhf.training import sft as sft_page
+from minirlhf.training.device import resolve
 from minirlhf.training.inputs import read_plain, read_supervised
+from minirlhf.training.plan_table import announce
 from minirlhf.training.setting import Setting, ShapeConfig, generator_for
 from minirlhf.training.sft import SFTConfig
+from minirlhf.training.stage_plans import sft_plan
 from minirlhf.training.stages.around import Metrics, save_policy, tell, watcher
 from minirlhf.training.workspace import Checkpoint, load_policy, open_stage, refuse_existing
 
@@ -77,6 +80,10 @@ def _supervise(
     config: SFTConfig,
     setting: Setting,
 ) -> Metrics:
+    device = resolve(setting.device)
+    plan = sft_plan(name, start.model, start.params, train, validation, prompts, config, device=device)
+    if announce(plan, setting):
+        return {}
     save, files, weights = partial(save_policy, start), {"data": data}, {"policy": start.path}
     with open_stage(out, name, save, config, setting, data=files, weights=weights) as stage:
         result = sft_page.train(
