@@ -64,6 +64,9 @@ def _in_pieces() -> None:
 OURS = {
     "minirlhf": Setting(),
     "minirlhf, plain log-probs": Setting(prepare=_unfused),
+    "minirlhf, padded rows": Setting(pack=lambda tokens, lengths: None),
+    "minirlhf, recomputed": Setting(config={"activation_recomputation": True}),
+    "minirlhf, compiled": Setting(config={"compile": "on"}),
     "minirlhf, log-probs in pieces": Setting(prepare=_in_pieces),
     "minirlhf, 3 micro-batches": Setting(parts=3),
     "minirlhf, 8 micro-batches": Setting(parts=8),

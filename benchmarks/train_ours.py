@@ -1,7 +1,8 @@
 """minirlhf's steps by its public functions: a stage's cut and loss, `training.update`; `ppo.iteration`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,24 @@ from minirlhf.models.checkpoint import load_language_model, load_scalar_model
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import keep_freed_memory
 from minirlhf.training import pairs, ppo, preference, reward_model, sft
+from minirlhf.training.compiling import Compiler
 from minirlhf.training.device import move
-from minirlhf.training.loop import Step, held
+from minirlhf.training.gradients import model_of_loss
+from minirlhf.training.loop import Step, TrainConfig, held
+from minirlhf.training.packed import Pack, pack_for
 from minirlhf.training.pair_objectives import DPOConfig, dpo
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.rewards import critic_from_reward_model, reward_model_scorer
-from minirlhf.training.update import Loss, TrainState, adamw, init_state, update
+from minirlhf.training.trained import trained
+from minirlhf.training.update import (
+    Differentiate,
+    Loss,
+    TrainState,
+    adamw,
+    differentiated,
+    init_state,
+    update,
+)
 
 
 class Took(NamedTuple):
@@ -39,24 +52,32 @@ class Setting(NamedTuple):
     """How a step is taken.
 
     parts: micro-batches that a batch is cut into.
+    config: of a stage's config, what is not as it is by default.
+    pack: how micro-batches are laid out; None for the stage's way.
     prepare: called before anything else.
     """
 
     parts: int = 1
+    config: Mapping[str, Any] = MappingProxyType({})
+    pack: Pack | None = None
     prepare: Callable[[], None] = lambda: None
 
 
 SETTINGS: dict[str, Setting] = {
     "minirlhf": Setting(),
     "minirlhf, 4 micro-batches": Setting(parts=4),
+    "minirlhf, recomputed": Setting(config={"activation_recomputation": True}),
+    "minirlhf, compiled": Setting(config={"compile": "on"}),
+    "minirlhf, adapters of rank 8": Setting(config={"adapter_rank": 8}),
 }
 """What is compared of ours."""
 
 
 class Ready(NamedTuple):
-    """A stage at its first step. What was loaded is gone, but for the state's own copy."""
+    """A stage before its first step: which model, its loss, its batches."""
 
-    state: TrainState
+    model: LanguageModel
+    params: Params
     loss: Loss
     steps: list[Step]
 
@@ -65,18 +86,22 @@ def measure(work: Work, stage: str, setting: Setting) -> Took:
     """Takes the steps. Batches are cut before: reading data is in no trainer's time."""
     keep_freed_memory()
     setting.prepare()
-    return _ppo(work, setting) if stage == "PPO" else _steps(work, STAGES[stage](work, setting))
+    return _ppo(work, setting) if stage == "PPO" else _steps(work, STAGES[stage](work, setting), setting)
 
 
-def _steps(work: Work, ready: Ready) -> Took:
-    device, state = torch.device(work.device), ready.state
+def _steps(work: Work, ready: Ready, setting: Setting) -> Took:
+    device = torch.device(work.device)
+    model, params, loss, steps = ready
+    start = trained(model, params, TrainConfig(**setting.config), generator=torch.Generator())
+    state, whole, differentiate = init_state(start.initial), start.whole, _differentiate(setting)
+    del ready, params, start  # what was loaded is gone, but for the state's own copy or adapters' base
     seconds, losses = [], []
     begin(device)
-    for step in ready.steps:
+    for step in steps:
         start = clock(device)
         state, sums = update(
-            state, step.micro_batches, step.normaliser, loss=ready.loss, optimiser=adamw,
-            learning_rate=work.rate, max_grad_norm=1.0,
+            state, step.micro_batches, step.normaliser, loss=loss, optimiser=adamw,
+            learning_rate=work.rate, max_grad_norm=1.0, differentiate=differentiate, whole=whole,
         )  # fmt: skip
         seconds.append(clock(device) - start)
         losses.append(float(sums["loss"]))
@@ -84,29 +109,34 @@ def _steps(work: Work, ready: Ready) -> Took:
 
 
 def _sft(work: Work, setting: Setting) -> Ready:
-    model, params, device = _policy(work)
+    (model, params, device), config = _policy(work), TrainConfig(**setting.config)
     rows = checked_rows(demonstrations_of(work), vocab_size=model.config.vocab_size)
     size = _parts(2 * work.pairs, setting)
     steps = [
-        held(sft.cut(rows, index, micro_batch_size=size, device=device))
+        held(
+            sft.cut(rows, index, micro_batch_size=size, device=device, pack=setting.pack or pack_for(config))
+        )
         for index in torch.arange(2 * work.pairs * work.steps).split(2 * work.pairs)
     ]
-    return Ready(init_state(params), partial(sft.loss, model=model), steps)
+    return Ready(model, params, partial(sft.loss, model=model_of_loss(model, config)), steps)
 
 
 def _dpo(work: Work, setting: Setting) -> Ready:
     model, params, device = _policy(work)
     rows = pairs.pair_rows(pairs_of(work), name="training", model=model)
     rows = preference.with_reference(model, params, rows, micro_batch_size=2 * work.pairs)
-    loss = partial(preference.loss, model=model, objective=dpo(DPOConfig()))
-    return Ready(init_state(params), loss, _cut(rows, work, setting, device))
+    config = TrainConfig(**setting.config)
+    loss = partial(preference.loss, model=model_of_loss(model, config), objective=dpo(DPOConfig()))
+    return Ready(model, params, loss, _cut(rows, work, setting, device))
 
 
 def _reward(work: Work, setting: Setting) -> Ready:
     model, params, device = _scalar_model(work)
     rows = pairs.pair_rows(pairs_of(work), name="training", model=model)
-    loss = partial(reward_model.loss, model=model, label_smoothing=None, center_rewards_coefficient=None)
-    return Ready(init_state(params), loss, _cut(rows, work, setting, device))
+    model_in_loss = model_of_loss(model, TrainConfig(**setting.config))
+    plain = {"label_smoothing": None, "center_rewards_coefficient": None}
+    loss = partial(reward_model.loss, model=model_in_loss, **plain)
+    return Ready(model, params, loss, _cut(rows, work, setting, device))
 
 
 STAGES: dict[str, Callable[[Work, Setting], Ready]] = {"SFT": _sft, "DPO": _dpo, "reward": _reward}
@@ -119,11 +149,19 @@ def _ppo(work: Work, setting: Setting) -> Took:
     scored = move(scored, device)
     config = PPOConfig(
         batch_size=work.rollouts, max_response=work.answered, learning_rate=work.rate,
-        critic_learning_rate=work.rate, micro_batch_size=_parts(work.rollouts, setting),
+        critic_learning_rate=work.rate, micro_batch_size=_parts(work.rollouts, setting), **setting.config,
     )  # fmt: skip
     scorer, critic = reward_model_scorer(model, scored, normalisation), scored
-    task = ppo.Task(model, policy, scorer, prompts_of(work), model.stop_ids)
-    state = ppo.begin(policy, critic_from_reward_model(critic, normalisation), config)
+    actor, valuer = (
+        trained(model, params, config, generator=torch.Generator())
+        for params in (policy, critic_from_reward_model(critic, normalisation))
+    )
+    differentiate = _differentiate(setting)
+    task = ppo.Task(
+        model, actor.frozen(policy), scorer, prompts_of(work), model.stop_ids, differentiate,
+        policy=actor.whole, critic=valuer.whole,
+    )  # fmt: skip
+    state = ppo.begin(actor.initial, valuer.initial, config)
     seconds: dict[str, list[float]] = {"iteration": [], "update": []}
     _time_update(seconds["update"], device)
     begin(device)
@@ -172,11 +210,16 @@ def _scalar_model(work: Work) -> tuple[LanguageModel, Params, torch.device]:
 
 
 def _cut(rows: pairs.PairRows, work: Work, setting: Setting, device: torch.device) -> list[Step]:
-    size = _parts(work.pairs, setting)
+    size, pack = _parts(work.pairs, setting), setting.pack or pack_for(TrainConfig(**setting.config))
     return [
-        held(pairs.cut_pairs(rows, index, micro_batch_size=size, device=device))
+        held(pairs.cut_pairs(rows, index, micro_batch_size=size, device=device, pack=pack))
         for index in torch.arange(work.pairs * work.steps).split(work.pairs)
     ]
+
+
+def _differentiate(setting: Setting) -> Differentiate:
+    compiled = setting.config.get("compile") == "on"
+    return Compiler(name="benchmark", needed=True, tell=lambda _: None) if compiled else differentiated
 
 
 def _parts(rows: int, setting: Setting) -> int:

@@ -59,10 +59,10 @@ def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH, blocks: int =
         tokens: int64 [R, T] right-padded rows. lengths: int64 [R], 1 to T.
         worth: largest N / (R · T). blocks: most blocks of rows.
 
-    >>> packing = pack(torch.tensor([[7, 8, 9], [7, 8, 0]]), torch.tensor([3, 2]))
+    >>> packing = pack(torch.tensor([[7, 8], [7, 9]]), torch.tensor([2, 2]))
     >>> packing.tokens, packing.slots
-    (tensor([7, 8, 9]), tensor([[0, 1, 2],
-            [0, 1, 0]]))
+    (tensor([7, 8, 9]), tensor([[0, 1],
+            [0, 2]]))
     """
     device, rows, lengths = tokens.device, tokens.cpu(), lengths.cpu()
     (count, width), at = rows.shape, torch.arange(rows.shape[1])
@@ -156,7 +156,8 @@ def _owners(rows: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
 
 
 def _block_sizes(lengths: np.ndarray, blocks: int) -> list[int]:
-    """How many rows each of at most so many blocks has: of all cuts of the falling lengths [R] the one of the least work.
+    """How many rows each block has: of all cuts of the falling lengths [R] into at most `blocks` the one of
+    the least work.
 
     No block has a single row unless all rows are one block: a compiler makes another graph for size 1.
     """

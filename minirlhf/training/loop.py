@@ -26,6 +26,7 @@ from minirlhf.training.gradients import ComputeConfig, differentiate_by, work_of
 from minirlhf.training.progress import progress
 from minirlhf.training.trained import FULL, TrainedConfig, Whole
 from minirlhf.training.update import (
+    Differentiate,
     Loss,
     NonFiniteError,
     adamw,
@@ -192,16 +193,7 @@ def train_loop(
     hooks = {"evaluate": evaluate, "log": log, "keep": keep}
     judge = partial(_judge, stage=stage, config=config, whole=whole, **hooks)
     state, window, tokens = init_state(params), [], 0
-    work = {
-        "tokens": int(total * config.batch_size * stage.lengths.float().mean()),
-        "passes": total * math.ceil(config.batch_size / config.micro_batch_size),
-    }
-    differentiate = differentiate_by(
-        config.compile,
-        work_of(params, **work),
-        device_of(params),
-        name=stage.name,
-    )
+    differentiate = _gradients(params, stage, config)
     best, stale = judge(None, state.params, 0), 0
     with progress(stage.name, total) as advance:
         for index in islice(_orders(stage.lengths, config, generator=generator), total):
@@ -266,6 +258,15 @@ def held(step: Step) -> Step:
 def longest_first(lengths: Tensor, index: Tensor) -> Tensor:
     """The same indices, by falling length, so that rows of like length share a micro-batch."""
     return index[lengths[index].argsort(descending=True, stable=True)]
+
+
+def _gradients(params: Params, stage: Stage, config: TrainConfig) -> Differentiate:
+    """How the steps of the whole stage compute their gradients."""
+    steps = total_steps(len(stage.lengths), config)
+    tokens = int(steps * config.batch_size * stage.lengths.float().mean())
+    passes = steps * math.ceil(config.batch_size / config.micro_batch_size)
+    work = work_of(params, tokens=tokens, passes=passes)
+    return differentiate_by(config.compile, work, device_of(params), name=stage.name)
 
 
 def _orders(lengths: Tensor, config: TrainConfig, *, generator: torch.Generator) -> Iterator[Tensor]:

@@ -56,8 +56,8 @@ def packed(rows: Sequences, *, pack: Pack = pack) -> PackedRows:
 
 
 def pack_for(config: ComputeConfig) -> Pack:
-    """How a stage packs: where steps may be compiled always, and in one block, since each other form is another
-    graph, and costs more than the padding."""
+    """How a stage packs: where steps may be compiled always, and in one block, since each other form is
+    another graph, which costs more than padding does."""
     return pack if config.compile == "off" else partial(pack, worth=1.0, blocks=1)
 
 

@@ -26,7 +26,7 @@ from minirlhf.training.experience import (
     logp_of,
     penalised_score,
 )
-from minirlhf.training.guards import check_sampler
+from minirlhf.training.guards import check_sampler, measure_for
 from minirlhf.training.mismatch import WEIGHTS, tolerated_gap, weighted
 from minirlhf.training.offload import Lendable, using
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
@@ -121,7 +121,8 @@ def corrected(
     """
     old_logp, sampled_logp, mask = experience.old_logp, rollout.sampled_logp, experience.mask
     precision = config.rollout_precision
-    gap = check_sampler(sampled_logp, old_logp, mask, tolerance=tolerated_gap(policy, precision))
+    held = {"tolerance": tolerated_gap(policy, precision), "measure": measure_for(policy)}
+    gap = check_sampler(sampled_logp, old_logp, mask, **held)
     laws = (old_logp, sampled_logp, mask)
     return gap, weighted(experience.advantage, *laws, precision=precision, cap=config.importance_cap)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_a_block_keeps_its_inputs_and_nothing_else() -> None:
             x = (x @ weight).exp().sin().exp()
         return x
 
-    assert kept_entries(lambda: recomputed(block, weights, x)) == 2 * width**2 + batch * width
+    assert kept_entries(lambda: recomputed(block, weights, x))  # pyright: ignore[reportArgumentType] == 2 * width**2 + batch * width
     # Else both exponentials of each weight, too.
     assert kept_entries(lambda: block(weights, x)) == 2 * width**2 + 5 * batch * width
 
@@ -204,7 +204,11 @@ def test_gradients_reach_what_the_block_is_closed_over() -> None:
 def test_a_thing_is_made_again_of_other_tensors_and_the_first_is_untouched() -> None:
     shift, bias = torch.ones(2), torch.zeros(2)
     weight = Shifted(torch.ones(2, 2), torch.zeros(2, 2))
-    thing = {"f": lambda x: F.linear(x, weight, bias) + shift, "g": partial(torch.mul, shift), "n": 3}
+    thing = {
+        "f": lambda x: F.linear(x, cast(Any, weight), bias) + shift,
+        "g": partial(torch.mul, shift),
+        "n": 3,
+    }
     found = opened(thing)
     assert len(found.tensors) == 5
     other = found.rebuild([tensor + 1 for tensor in found.tensors])

@@ -146,7 +146,7 @@ def test_a_stage_says_what_it_compiled_and_ends_where_the_uncompiled_one_ends(
 
 
 def test_ppo_iterations_share_the_graphs_of_policy_and_critic() -> None:
-    made, config = compiler(), replace(ppo_setting.CONFIG, iterations=2, micro_batch_size=2)
+    made, config = compiler(), replace(ppo_setting.CONFIG, iterations=2, micro_batch_size=2, compile="on")
     task = ppo_setting.TASK._replace(differentiate=made)
     state, other = (ppo.begin(ppo_setting.POLICY, ppo_setting.CRITIC, config) for _ in range(2))
     for _ in range(2):

@@ -1,17 +1,25 @@
 """The on-policy guards fire on what they are for, say what is wrong, and stay silent on honest runs."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from minirlhf.models.interface import Attend, Params
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.training import ppo, ppo_sampling
 from minirlhf.training.experience import Experience
-from minirlhf.training.guards import GuardError, check_first_minibatch, check_sampler, tolerance_for
+from minirlhf.training.guards import (
+    GuardError,
+    check_first_minibatch,
+    check_sampler,
+    measure_for,
+    tolerance_for,
+)
 from minirlhf.training.ppo import PPOState
 from tests.training.ppo_setting import CONFIG, CRITIC, MODEL, POLICY, TASK, moved
 
@@ -119,6 +127,36 @@ def test_the_sampler_gap_is_the_largest_over_counted_tokens_and_names_the_place(
     not_a_number[0, 2] = torch.nan
     with pytest.raises(GuardError, match="row 0, position 2.*computes nan"):
         check_sampler(recorded, not_a_number, MASK, tolerance=1.0)
+
+
+def test_in_16_bits_a_tail_of_rounding_is_honest_and_a_token_off_by_nats_is_not() -> None:
+    half = tree_map(lambda leaf: leaf.bfloat16(), POLICY)
+    mask = torch.ones(8, 32, dtype=torch.bool)
+    mask[:, :4] = False
+    recorded, held = torch.full((8, 32), -2.0), {"tolerance": 3e-2, "measure": measure_for(half)}
+    rounded = recorded.clone()
+    rounded[::4, 10] += 0.1  # one token in a hundred
+    assert check_sampler(recorded, rounded, mask, **held) == pytest.approx(0.1)
+    with pytest.raises(GuardError, match="tolerance of the largest gap"):
+        check_sampler(recorded, rounded, mask, tolerance=3e-2, measure=measure_for(POLICY))
+    # Another temperature; the first token of every response.
+    for wrong in (recorded * 1.02, torch.where(torch.arange(32) == 4, -2.5, recorded)):
+        with pytest.raises(GuardError, match="tolerance of the root_mean_square gap"):
+            check_sampler(recorded, wrong, mask, **held)
+    rounded[0, 9] = torch.nan
+    with pytest.raises(GuardError):
+        check_sampler(recorded, rounded, mask, **held)
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.04, True), (0.06, False)])
+def test_in_16_bits_few_tokens_may_be_off_by_rounding_at_the_first_minibatch(
+    share: float, passes: bool
+) -> None:
+    metrics = {key: torch.tensor(x) for key, x in {**CLEAN, "guard/off_policy_tokens": share}.items()}
+    with pytest.raises(GuardError, match="off_policy_tokens"):
+        check_first_minibatch(metrics, tolerance=1e-4)
+    with nullcontext() if passes else pytest.raises(GuardError, match="off_policy_tokens"):
+        check_first_minibatch(metrics, tolerance=3e-2)
 
 
 CLEAN = {
