@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.kernels.memory import release_rooms
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate, responses
@@ -77,6 +78,7 @@ def sample_watcher(
             answers = sample_responses(
                 model, params, tokenizer, fitting, temperature=1.0, max_response=room, seed=seed
             )
+            release_rooms()  # the steps that follow need the memory more than the next evaluation does
             _tell(title, [tokenizer.decode(ids) for ids in fitting], answers, None, folder)
         calls += 1
         return {}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from minirlhf import cli
 from minirlhf.data.records import Sequences, join
-from minirlhf.kernels import cpu, passes
+from minirlhf.kernels import cpu, memory, passes
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.kernels.workspace import workspace
 from minirlhf.models import gpt2
@@ -33,11 +33,13 @@ from minirlhf.training.live_memory import _Counter, live_memory, without_gradien
 from minirlhf.training.memory_plan import Entry, Phase, Plan, bytes_of, learner
 from minirlhf.training.packed import PackedRows
 from minirlhf.training.plan_table import announce, table_of
+from minirlhf.training.samples import sample_watcher
 from minirlhf.training.setting import ReadingConfig, Setting
 from minirlhf.training.sft import SFTConfig
 from minirlhf.training.stage_plans import sft_plan
 from minirlhf.training.stages import preference as preference_stage
 from minirlhf.training.update import gradient
+from minirlhf.training.workspace import load_policy
 from tests.miniature import write_files
 from tests.models.cases import CASES, Case, tiny_model
 from tests.models.tiny import CONFIG
@@ -372,6 +374,13 @@ def test_a_dry_run_reads_no_weights_writes_nothing_and_says_the_peak(
     assert not list(tmp_path.iterdir())
     assert "planned peak of memory" in said and "policy: moments" in said
     assert "gradient" in said and "counted for" in said
+
+
+def test_what_shown_samples_took_goes_back_before_the_next_step(made: Path, tmp_path: Path) -> None:
+    start = load_policy(made / "policy", Setting(0, "cpu", ReadingConfig()))
+    watch = sample_watcher(start.model, start.tokenizer, [[1, 2, 3]], tmp_path, stage="sft", seed=0)
+    watch(start.params)
+    assert not memory._idle
 
 
 def test_a_run_says_its_peak_in_one_line(
