@@ -1,10 +1,11 @@
 """A memory plan: what is live in each phase of a run, whose it is, and the peak, before anything is trained.
 
     phase = Σ entries          an entry: bytes of one kind that one model (or the data) has in that phase
-    peak  = base + max over phases t of (max over s ≤ t of heap_s  +  returned_t)
+    peak  = base + max over phases t of (max over s before t of heap_s  +  returned_t)
 
 On a CPU the heap keeps what is freed (`runs.allocator`), so it stays as large as it ever was; what comes from
-the system directly (rollout rooms, files being read) goes back. `base` is what the process has without
+the system directly (rollout rooms, files being read) goes back. All phases but the first, in which models are
+loaded, come again and again, so all of them are before each other. `base` is what the process has without
 tensors, measured when the plan is made. Elsewhere the peak is that of live tensors on the device: the
 device's own context, its libraries and its allocator's fragments come on top and are not planned.
 
@@ -72,13 +73,11 @@ class Plan(NamedTuple):
     @property
     def totals(self) -> list[int]:
         """What each phase takes of the machine, the base and the heap's former size included."""
-        heap, totals = 0, []
-        for phase in self.phases:
-            returned = sum(entry.size for entry in phase.entries if entry.returned)
-            live = phase.size - returned
-            heap = max(heap, live) if self.device.type == "cpu" else live
-            totals.append(self.base + heap + returned)
-        return totals
+        returned = [sum(entry.size for entry in phase.entries if entry.returned) for phase in self.phases]
+        heap = [phase.size - back for phase, back in zip(self.phases, returned, strict=True)]
+        if self.device.type == "cpu":
+            heap = [heap[0], *(max(heap) for _ in heap[1:])]
+        return [self.base + live + back for live, back in zip(heap, returned, strict=True)]
 
     @property
     def peak(self) -> int:
@@ -87,8 +86,8 @@ class Plan(NamedTuple):
 
     @property
     def fullest(self) -> Phase:
-        """The first phase that has the peak."""
-        return self.phases[self.totals.index(self.peak)]
+        """The phase that has the peak; of several, the one in which most is live."""
+        return max(zip(self.totals, self.phases, strict=True), key=lambda each: (each[0], each[1].size))[1]
 
 
 class Learner(NamedTuple):

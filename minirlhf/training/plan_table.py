@@ -43,7 +43,7 @@ def table_of(plan: Plan) -> str:
     table.add_section()
     table.add_row("together", *(_mb(phase.size) for phase in plan.phases))
     if plan.device.type == "cpu":
-        table.add_row("process at its largest until then", *(_mb(total) for total in plan.totals))
+        table.add_row("the process, with what it freed", *(_mb(total) for total in plan.totals))
     text = io.StringIO()
     Console(file=text, width=max(110, 36 + 11 * len(plan.phases))).print(table)
     notes = [f"counted for: {each}" for each in plan.assumed]

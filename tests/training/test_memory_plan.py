@@ -280,6 +280,10 @@ def test_the_heap_keeps_its_largest_size_and_what_is_returned_comes_on_top() -> 
     )
     assert plan_of(*phases).totals == [160, 180, 185]
     assert plan_of(*phases).fullest.name == "sample"
+    # The second sample comes after the first gradient, whatever the order of the first ones.
+    again = plan_of(phases[0], phases[2], phases[1])
+    assert (again.totals, again.fullest.name) == ([160, 185, 180], "sample")
+    assert plan_of(*phases[:2]).fullest.name == "gradient"
     elsewhere = plan_of(*phases, device="cuda")._replace(base=0)
     assert elsewhere.totals == [60, 80, 15]
 
