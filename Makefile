@@ -38,8 +38,10 @@ demo: export OMP_WAIT_POLICY := PASSIVE
 demo: $(DEMO_READY)
 	$(RUN) -m minirlhf run $(ARGS)
 
+# Two processes where pytest-xdist is there; threads that wait sleep, since both have as many as there are cores.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: $(TEST_READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2> /dev/null && echo '-n 2') $(ARGS)
 
 check: $(TEST_READY)
 	$(RUN) -m ruff check .
