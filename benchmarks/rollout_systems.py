@@ -4,6 +4,8 @@ A system is a function that makes it ready and returns one that runs a workload.
 for count: where a system has to go on with rows that have ended, that is its cost, not its output.
 """
 
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -155,6 +157,7 @@ def ctranslate2(subject: Subject, *, precision: str) -> Run:
 
     model, params, _ = subject
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)  # when the worker ends: it reads from there until then
     save_language_model(folder / "model", model, params, tokenizer=None)
     words = {f"t{number}": number for number in range(model.config.vocab_size)}
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -195,6 +198,7 @@ def vllm(subject: Subject) -> Run:
     """vLLM's offline engine, with as many sequences at a time as ours has slots."""
     library = import_module("vllm")
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)  # when the worker ends: it reads from there until then
     save_language_model(folder, subject.model, subject.params, tokenizer=None)
     dtype = str(subject.params["wte"]["weight"].dtype).removeprefix("torch.")
     engines: dict[int, Any] = {}
