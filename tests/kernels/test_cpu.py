@@ -65,11 +65,11 @@ def test_a_packed_product_rounds_no_more_than_torch_does(layout: str) -> None:
 @pytest.mark.parametrize("rows", [16, 33, 70])
 def test_products_may_run_in_several_threads_at_once(rows: int) -> None:
     """Each has memory of its own: rollouts may run beside one another."""
-    x, matrix = normal(rows, 300), cpu.packed(normal(300, 200, seed=1))
-    alone = cpu.product(x, matrix, None)
+    matrix, inputs = cpu.packed(normal(300, 200, seed=1)), [normal(rows, 300, seed=i) for i in range(200)]
+    alone = [cpu.product(x, matrix, None) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda _: cpu.product(x, matrix, None), range(40)))
-    assert all(torch.equal(each, alone) for each in together)
+        together = list(pool.map(lambda x: cpu.product(x, matrix, None), inputs))
+    assert all(torch.equal(*each) for each in zip(together, alone, strict=True))
 
 
 def test_what_does_not_fit_is_refused() -> None:
