@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.kernels import cpu
+from minirlhf.kernels.products import add_mm, mm
 
 KEPT = 2**28
 """Bytes of logits that are kept for the backward pass rather than computed again."""
@@ -70,9 +71,9 @@ def backward_pass(
         by_logits = _to_gradient(logits, lse, by_logp, by_entropy, entropies)
         here = slice(first, first + logits.shape[1])
         if by_rows is not None:
-            by_rows.addmm_(by_logits, unembedding[here].to(rows.dtype))
+            add_mm(by_logits, unembedding[here].to(rows.dtype), out=by_rows)
         if by_matrix is not None:
-            torch.mm(by_logits.T, rows, out=by_matrix[here])
+            mm(by_logits.T, rows, out=by_matrix[here])
     if by_rows is not None:  # the token's own share
         by_rows.addcmul_(unembedding[chosen_ids].to(rows.dtype), by_logp[:, None])
         by_rows = states.new_zeros(states.shape).index_copy_(
@@ -128,7 +129,7 @@ def _pieces(
     """(first token, logits [N, w] of w tokens from it on); the caller may overwrite them if it is `again`."""
     count, vocabulary = len(rows), len(unembedding)
     if len(kept) and not again:
-        yield 0, torch.mm(rows, unembedding.to(rows.dtype).T, out=kept[:count])
+        yield 0, mm(rows, unembedding.to(rows.dtype).T, out=kept[:count])
         return
     width = min(vocabulary, max(_NARROWEST, PIECE // (rows.element_size() * max(count, 1))))
     room = rows.new_empty(count * width)
@@ -139,7 +140,7 @@ def _pieces(
             yield first, logits.copy_(kept[:count, first : first + wide])
         else:
             piece = unembedding[first : first + wide].to(rows.dtype)
-            yield first, torch.mm(rows, piece.T, out=logits)
+            yield first, mm(rows, piece.T, out=logits)
 
 
 def _absorb(logits: Tensor, most: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

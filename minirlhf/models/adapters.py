@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from minirlhf.kernels import products
 from minirlhf.models.families import family_of
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.models.stand_in import StandIn
@@ -42,10 +42,10 @@ class Adapted(StandIn):
     def product(self, x: Tensor, bias: Tensor | None, *, outputs_first: bool) -> Tensor:
         assert outputs_first == self.outputs_first, "a family's page multiplies as its family stores"
         if outputs_first:
-            y = F.linear(x, self.weight, bias)
+            y = products.linear(x, self.weight, bias)
         else:
             assert bias is not None
-            y = torch.addmm(bias, x, self.weight)
+            y = products.addmm(bias, x, self.weight)
         low = x.reshape(-1, x.shape[-1]) @ self.down.T  # [N, r]
         return torch.addmm(y.reshape(len(low), -1), low, self.up.T, alpha=self.scale).view(y.shape)
 

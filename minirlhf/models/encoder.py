@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import products
+from minirlhf.kernels.activations import gelu_tanh
 from minirlhf.models.interface import Params
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "relu": F.relu,
     "tanh": torch.tanh,
 }
@@ -182,4 +184,4 @@ def _norm(params: Params, x: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def _linear(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x, params["weight"], params["bias"])
+    return products.linear(x, params["weight"], params["bias"])

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import products
+from minirlhf.kernels.activations import gelu_tanh
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
@@ -89,7 +91,7 @@ def init_params(generator: torch.Generator, *, config: GPT2Config) -> Params:
 
 def _linear(params: Params, x: Tensor) -> Tensor:
     weight = params["weight"]
-    return torch.addmm(params["bias"], x.reshape(-1, weight.shape[0]), weight).view(*x.shape[:-1], -1)
+    return products.addmm(params["bias"], x.reshape(-1, weight.shape[0]), weight).view(*x.shape[:-1], -1)
 
 
 def _norm(params: Params, x: Tensor, config: GPT2Config) -> Tensor:
@@ -109,7 +111,7 @@ def _merge(params: Params, attended: Tensor) -> Tensor:
 
 
 def _mlp(params: Params, x: Tensor) -> Tensor:
-    return _linear(params["c_proj"], F.gelu(_linear(params["c_fc"], x), approximate="tanh"))
+    return _linear(params["c_proj"], gelu_tanh(_linear(params["c_fc"], x)))
 
 
 def _block(params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config) -> Tensor:

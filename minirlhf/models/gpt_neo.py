@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import products
+from minirlhf.kernels.activations import gelu_tanh
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
@@ -99,7 +101,7 @@ def init_params(generator: torch.Generator, *, config: GPTNeoConfig) -> Params:
 
 
 def _linear(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x, params["weight"], params.get("bias"))
+    return products.linear(x, params["weight"], params.get("bias"))
 
 
 def _norm(params: Params, x: Tensor, config: GPTNeoConfig) -> Tensor:
@@ -117,7 +119,7 @@ def _add(block: Params, x: Tensor, attended: Tensor, config: GPTNeoConfig) -> Te
     """The residual stream after attention [B, H, T, Dh] and feed-forward."""
     merged = attended.to(x.dtype).transpose(1, 2).flatten(2)
     x = x + _linear(block["attn"]["attention"]["out_proj"], merged)
-    inner = F.gelu(_linear(block["mlp"]["c_fc"], _norm(block["ln_2"], x, config)), approximate="tanh")
+    inner = gelu_tanh(_linear(block["mlp"]["c_fc"], _norm(block["ln_2"], x, config)))
     return x + _linear(block["mlp"]["c_proj"], inner)
 
 

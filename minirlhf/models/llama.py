@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import products
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.models.llama_config import FULL, SLIDING, LlamaConfig, RopeParameters
 
@@ -51,7 +52,7 @@ def init_params(generator: torch.Generator, *, config: LlamaConfig) -> Params:
 
 
 def _linear(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x, params["weight"], params.get("bias"))
+    return products.linear(x, params["weight"], params.get("bias"))
 
 
 def _norm(params: Params, x: Tensor, config: LlamaConfig) -> Tensor:

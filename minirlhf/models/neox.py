@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels import products
+from minirlhf.kernels.activations import gelu_tanh
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
 from minirlhf.runs import InputError
 
-_TANH = partial(F.gelu, approximate="tanh")
-_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": _TANH, "gelu_fast": _TANH, "relu": F.relu}
+_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh, "relu": F.relu}
 # Names within transformers 5's `rope_parameters`; versions before it read the old names alone.
 _ROPE_PARAMETERS = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
 
@@ -114,7 +115,7 @@ def init_params(generator: torch.Generator, *, config: GPTNeoXConfig) -> Params:
 
 
 def _linear(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x, params["weight"], params.get("bias"))
+    return products.linear(x, params["weight"], params.get("bias"))
 
 
 def _norm(params: Params, x: Tensor, config: GPTNeoXConfig) -> Tensor:

@@ -22,11 +22,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from minirlhf.kernels import cpu
+from minirlhf.kernels import cpu, products
 from minirlhf.kernels.memory import Room
 from minirlhf.models.adapters import adapted_layers, merged
 from minirlhf.models.interface import Params
@@ -38,7 +37,7 @@ Weights = Callable[[Params, int, int], Params]
 _SMALLEST = 2**18  # entries; below, calling costs more than the better product saves
 _FEWEST_SLOTS = 2  # below, the plain product was as fast
 _PACKED_STEPS = 16  # packing costs about as much as it saves in five steps
-_MOST_ROWS = 512  # of one product; above, torch's own was up to a tenth faster
+_MOST_ROWS = 256  # of one product; above, one that splits the weights as it goes is faster
 _ROUNDED = {torch.float32, torch.bfloat16, torch.float64}
 _MOST_ONEDNN = 128  # slots, from which torch's own was as fast as oneDNN's packed one
 
@@ -155,7 +154,7 @@ class Packed(_Prepared):
     def product(self, x: Tensor, bias: Tensor | None, *, outputs_first: bool) -> Tensor:
         if x.numel() // x.shape[-1] <= _MOST_ROWS:
             return super().product(x, bias, outputs_first=outputs_first)
-        return F.linear(x, self.weight if outputs_first else self.weight.T, bias)
+        return products.linear(x, self.weight if outputs_first else self.weight.T, bias)
 
     def prepare(self, matrix: Tensor) -> cpu.PackedMatrix:
         width, depth = matrix.shape

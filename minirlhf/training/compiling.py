@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from minirlhf.kernels.fused import tell_compiler
+from minirlhf.kernels import fused, products
 from minirlhf.models.interface import Params
 from minirlhf.models.opened import Opened, opened
 from minirlhf.runs import InputError
@@ -56,7 +56,8 @@ class Compiler:
         self._name, self._needed, self._tell, self._backend = name, needed, tell, backend
         self._steps: dict[Any, _Step] = {}
         self._broken = False
-        tell_compiler()
+        fused.tell_compiler()
+        products.tell_compiler()
 
     def __call__(self, loss: Loss) -> Differentiated:
         return partial(self._gradient, loss)
