@@ -1,4 +1,4 @@
-"""From logits to tokens and both of their log-probs: by the compiled kernels where these can, else by torch."""
+"""From logits to tokens and their two log-probs: by the compiled kernels where these can, else by torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from minirlhf.rollout.draw import BOUNDARY, inverse_cdf
 
 
 class Drawn(NamedTuple):
-    """token, near_boundary [B] as of `inverse_cdf`; logp, law_logp: fp32 [B], of the raw model and the law."""
+    """token, near_boundary: [B] as of `inverse_cdf`. logp, law_logp: fp32 [B] of model and law."""
 
     token: Tensor
     near_boundary: Tensor
@@ -31,9 +31,7 @@ def drawn(logits: Tensor, law: Callable[[Tensor], Tensor], uniform: Tensor) -> D
         return Drawn(*cpu.draw_tempered(logits, temperature, uniform, BOUNDARY))
     law_logp = law(logits)
     kernel_draws = by_kernel and _by_kernel(law_logp)
-    token, near = (
-        cpu.draw(law_logp, uniform, BOUNDARY) if kernel_draws else inverse_cdf(law_logp, uniform)
-    )
+    token, near = cpu.draw(law_logp, uniform, BOUNDARY) if kernel_draws else inverse_cdf(law_logp, uniform)
     column = token[:, None]
     normaliser = cpu.logsumexp(logits) if by_kernel else logits.logsumexp(-1)
     logp = logits.gather(1, column)[:, 0] - normaliser
@@ -45,7 +43,7 @@ def temperature_of(law: Callable[..., Any]) -> float | None:
 
     >>> temperature_of(partial(sampling_law, temperature=0.7, top_k=None)), temperature_of(sampling_law)
     (0.7, 1.0)
-    >>> temperature_of(partial(sampling_law, top_k=5)), temperature_of(lambda logits: tempered(logits, temperature=1))
+    >>> temperature_of(partial(sampling_law, top_k=5)), temperature_of(lambda z: tempered(z, temperature=1))
     (None, None)
     """
     options: dict[str, Any] = {}
@@ -55,7 +53,7 @@ def temperature_of(law: Callable[..., Any]) -> float | None:
         option is not None for name, option in options.items() if name != "temperature"
     ):
         return None
-    return options.get("temperature", 1.0)
+    return float(options.get("temperature", 1.0))
 
 
 def _by_kernel(rows: Tensor) -> bool:
