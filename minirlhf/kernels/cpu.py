@@ -180,6 +180,23 @@ def draw(law_logp: Tensor, uniform: Tensor, boundary: float) -> tuple[Tensor, Te
     return token, near
 
 
+def draw_tempered(
+    logits: Tensor, temperature: float, uniform: Tensor, boundary: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From softmax(z / temperature), for fp32 logits [B, V] and uniforms fp64 [B] on the CPU.
+
+    Returns:
+        (token, near another's interval, the token's log-prob at temperature 1, and under the law), [B] each.
+    """
+    logits, uniform, size = logits.contiguous(), uniform.contiguous(), len(logits)
+    token, near = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.bool)
+    logp, law_logp = torch.empty(size), torch.empty(size)
+    pointers = (each.data_ptr() for each in (token, near, logp, law_logp))
+    given = temperature, uniform.data_ptr(), boundary
+    _built().draw_tempered(logits.data_ptr(), *logits.shape, *given, *pointers)
+    return token, near, logp, law_logp
+
+
 def logsumexp(logits: Tensor) -> Tensor:
     """log Σ_v e^(z_v) of each row of fp32 [B, V] on the CPU; no -inf throughout a row, no +inf, no NaN."""
     logits = logits.contiguous()
@@ -297,6 +314,9 @@ def _library() -> ctypes.CDLL | None:
         rest = [_long] * 3 + [_pointer, ctypes.c_int, _pointer, _long]
         library.matmul_tiles.argtypes = matrix + matrix + rest
     library.draw.argtypes = [_pointer, _long, _long, _pointer, ctypes.c_double, _pointer, _pointer]
+    library.draw_tempered.argtypes = [
+        _pointer, _long, _long, ctypes.c_float, _pointer, ctypes.c_double, *[_pointer] * 4
+    ]  # fmt: skip
     library.logsumexp.argtypes = [_pointer, _long, _long, _pointer]
     library.absorb.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer]
     library.to_gradient.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer, _pointer]

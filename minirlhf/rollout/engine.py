@@ -20,7 +20,7 @@ from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.attention import decoding, prefilling
 from minirlhf.rollout.cache import Cache
 from minirlhf.rollout.draw import check_law
-from minirlhf.rollout.drawing import drawn, log_normaliser
+from minirlhf.rollout.drawing import drawn
 from minirlhf.rollout.pages import NOBODY
 from minirlhf.rollout.parts import Part
 
@@ -111,12 +111,11 @@ class Engine:
             if joining:
                 states.append(self._prefill(joining))
             logits = torch.nn.functional.linear(torch.cat(states).to(self.wide), self.unembedding).float()
-            law_logp = self.law(logits)
             if not checked:
-                check_law(law_logp, logits)
+                check_law(self.law(logits), logits)
                 checked = True
             self.cache.note_use(self.position)
-            yield self._draw(logits, law_logp)
+            yield self._draw(logits)
 
     def _next_parts(self) -> list[Part]:
         free, width, joining = self.slots - len(self.row), 0, []
@@ -159,15 +158,12 @@ class Engine:
         self.cache.read_by(len(self.row))
         return last.repeat_interleave(repeats, dim=0)
 
-    def _draw(self, logits: Tensor, law_logp: Tensor) -> _Ints:
+    def _draw(self, logits: Tensor) -> _Ints:
         """One token for every live row; rows that end leave. Returns them."""
-        row, at = self._there(self.row), self._there(self.drawn)
-        uniform = self.uniform[self.row, self.drawn]
-        token, near = drawn(law_logp, uniform)
-        out, column = self.answers, token[:, None]
+        row, at, out = self._there(self.row), self._there(self.drawn), self.answers
+        token, near, *log_probs = drawn(logits, self.law, self.uniform[self.row, self.drawn])
         out.tokens[row, at] = token
-        out.logp[row, at] = logits.gather(1, column)[:, 0] - log_normaliser(logits)
-        out.sampled_logp[row, at] = law_logp.gather(1, column)[:, 0].float()
+        out.logp[row, at], out.sampled_logp[row, at] = log_probs
         out.boundary.add_(near.sum())
         self.token, self.drawn, self.sampled = token, self.drawn + 1, self.sampled + len(token)
         stopped = torch.isin(token, self.stops)

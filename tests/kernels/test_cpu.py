@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.kernels import cpu, memory
+from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.draw import BOUNDARY, inverse_cdf
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -153,6 +154,32 @@ def test_a_draw_is_the_one_that_torch_makes(width: int) -> None:
     assert (law.gather(1, token[:, None]) > -torch.inf).all()
 
 
+@pytest.mark.parametrize("width", [1, 5, 256, 257, 300, 50257])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7, 1e-30])
+def test_a_draw_from_logits_is_the_one_from_the_law_that_they_make(width: int, temperature: float) -> None:
+    logits = normal(64, width) * 4 - 900  # far from 0: the largest has to be subtracted first
+    logits[:, 1::3] = -torch.inf
+    law = tempered(logits, temperature=temperature)
+    uniform = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform[:3] = torch.tensor([0.0, 1 - 1e-16, 0.5])
+    token, near, logp, law_logp = cpu.draw_tempered(logits, temperature, uniform, BOUNDARY)
+    expected = inverse_cdf(law, uniform)
+    assert ((token == expected.token) | near).all() and (near == expected.near_boundary).float().mean() > 0.98
+    exact = [(logits.double() / t).log_softmax(-1).gather(1, token[:, None])[:, 0] for t in (1, temperature)]
+    torch.testing.assert_close(logp.double(), exact[0], rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(law_logp.double(), exact[1], rtol=2e-7, atol=1e-6)
+
+
+def test_a_draw_from_logits_with_nan_is_a_token_whose_log_probs_say_so() -> None:
+    for bad in (torch.nan, torch.inf):
+        logits = normal(3, 600)
+        logits[1, 400] = bad
+        token, _, *log_probs = cpu.draw_tempered(logits, 0.5, torch.full((3,), 0.5).double(), BOUNDARY)
+        assert ((token >= 0) & (token < 600)).all()
+        for each in log_probs:
+            assert each.isnan().tolist() == [False, True, False]
+
+
 def test_draws_follow_the_law() -> None:
     law = torch.tensor([0.0, 0.125, 0.5, 0.0, 0.375, 0.0]).log().expand(100_000, 6)
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -201,7 +228,7 @@ def test_without_a_compiler_it_says_so_once_and_samples_all_the_same(
 ) -> None:
     program = (
         "import torch; from minirlhf.kernels import cpu; from minirlhf.rollout.drawing import drawn\n"
-        "for _ in range(3): assert drawn(torch.zeros(1, 1), torch.zeros(1)).token == 0\n"
+        "for _ in range(3): assert drawn(torch.zeros(1, 1), lambda z: z, torch.zeros(1)).token == 0\n"
         "print(cpu.available())"
     )
     ran = subprocess.run(
