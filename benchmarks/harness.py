@@ -6,6 +6,7 @@ What becomes of the rows is in `record`.
 import dataclasses
 import importlib.metadata
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-
-from minirlhf.runs import InputError
-from minirlhf.training.device import resolve
+import torch
 
 
 def in_a_process(script: str, given: list[Any]) -> dict[str, Any]:
@@ -51,10 +49,10 @@ def check_place(device: str) -> None:
     """Refuses a device that is not here, and a system whose peaks of memory cannot be read."""
     if sys.platform != "linux":
         refuse(f"peaks of memory are read from /proc, which is Linux's; this is {sys.platform}")
-    try:
-        resolve(device)
-    except InputError as error:
-        refuse(str(error))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        refuse(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        refuse(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
 
 
 def check_names(flag: str, asked: Iterable[str], known: Collection[str]) -> None:
@@ -74,11 +72,11 @@ def check_counts(options: Any, *names: str) -> None:
             refuse(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
-def installed(system: str, package: str | None, console: Console) -> bool:
+def installed(system: str, package: str | None) -> bool:
     """Whether what a system needs is there; says so if not. None: it needs nothing."""
     missing = package is not None and version(package) is None
     if missing:
-        console.print(f"{system}: {package} is not installed, left out", markup=False)
+        print(f"{system}: {package} is not installed, left out")
     return not missing
 
 

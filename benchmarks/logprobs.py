@@ -37,7 +37,6 @@ from harness import (
 from logprobs_systems import SYSTEMS
 from machine import clock, measure
 from record import Benchmark, Output, Record, Row, head, run
-from rich.console import Console
 from torch import Tensor
 
 from minirlhf.runs import keep_freed_memory
@@ -88,8 +87,7 @@ def main(options: Options) -> None:
 
 
 def _rows(options: Options) -> Iterator[Row]:
-    console = Console()
-    names = [name for name in options.systems if _can_run(name, options, console)]
+    names = [name for name in options.systems if _can_run(name, options)]
     for rows in options.rows:
         for masked in options.masked:
             for name in names:  # innermost, so that what is compared runs within seconds
@@ -98,12 +96,12 @@ def _rows(options: Options) -> Iterator[Row]:
                 yield Row(labels, partial(in_a_process, __file__, given))
 
 
-def _can_run(name: str, options: Options, console: Console) -> bool:
+def _can_run(name: str, options: Options) -> bool:
     system = SYSTEMS[name]
     if system.cuda_only and options.device == "cpu":
-        console.print(f"{name}: needs CUDA, left out")
+        print(f"{name}: needs CUDA, left out")
         return False
-    return installed(name, system.needs, console)
+    return installed(name, system.needs)
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import refuse, version
-from rich.console import Console
 
 from minirlhf.runs import write_text_atomic
 
@@ -67,7 +66,7 @@ def run(options: Output, rows: Iterable[Row], benchmark: Benchmark) -> None:
     Files are written after each row, so that an hour's work is not lost, and from the first row on that could
     be measured: where none can, what was there before stays, and the exit code is 1.
     """
-    console, file, record = Console(), options.out / f"{options.name}.json", None
+    file, record = options.out / f"{options.name}.json", None
     results = _there(file, options, benchmark) if options.add and file.exists() else []
     failed, commit = [], _commit()  # before the first file is written, which git would see
     for labels, measure in rows:
@@ -75,7 +74,7 @@ def run(options: Output, rows: Iterable[Row], benchmark: Benchmark) -> None:
         got = labels | measure()
         which = ", ".join(f"{name} {value}" for name, value in labels.items())
         said = got.get("failed") or benchmark.said(got)
-        console.print(f"{which}: {said} ({time.perf_counter() - started:.0f} s)", markup=False)
+        print(f"{which}: {said} ({time.perf_counter() - started:.0f} s)", flush=True)
         results = [each for each in results if not labels.items() <= each.items()] + [got]
         failed.append("failed" in got)
         if not all(failed):
@@ -83,9 +82,9 @@ def run(options: Output, rows: Iterable[Row], benchmark: Benchmark) -> None:
             _save(record, benchmark.report(record), file)
     if record is None:
         refuse("no row could be measured; nothing is written")
-    print(benchmark.report(record), end="")  # a console would wrap the table's lines
+    print(benchmark.report(record), end="")
     if find_spec("matplotlib") is None:
-        console.print("matplotlib is not installed, no picture is drawn")
+        print("matplotlib is not installed, no picture is drawn")
     else:
         import_module(benchmark.picture).draw(record, file.with_suffix(".png"))
 

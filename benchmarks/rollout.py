@@ -32,7 +32,6 @@ from harness import (
 )
 from machine import Machine, measure
 from record import Benchmark, Output, Record, Row, head, run
-from rich.console import Console
 from rollout_account import account
 from rollout_systems import ACCOUNTED, SYSTEMS, Cost, Subject
 from torch.utils._pytree import tree_map
@@ -86,8 +85,7 @@ def main(options: Options) -> None:
 
 
 def _rows(options: Options) -> Iterator[Row]:
-    console = Console()
-    names = [name for name in options.systems if installed(name, _package(name), console)]
+    names = [name for name in options.systems if installed(name, _package(name))]
     for kind in options.workloads:
         for batch in options.batches if kind == "equal" else options.skewed_batches:
             for name in names:  # innermost, so that what is compared runs within minutes

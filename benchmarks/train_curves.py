@@ -35,7 +35,6 @@ from harness import (
 )
 from machine import named
 from record import Benchmark, Output, Record, Row, head, measured, run
-from rich.console import Console
 from train_ours import Setting
 from train_work import AS_IT_IS, Work, save_models
 
@@ -118,8 +117,7 @@ def main(options: Options) -> None:
 
 
 def _rows(options: Options) -> Iterator[Row]:
-    console = Console()
-    names = [name for name in options.systems if installed(name, None if name in OURS else "trl", console)]
+    names = [name for name in options.systems if installed(name, None if name in OURS else "trl")]
     with tempfile.TemporaryDirectory() as models:
         save_models(Path(models), options.size)
         for stage in options.stages:

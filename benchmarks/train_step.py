@@ -39,7 +39,6 @@ from harness import (
 )
 from machine import measure
 from record import Benchmark, Output, Record, Row, head, run
-from rich.console import Console
 from train_work import Work, flops, save_models, tokens
 
 SYSTEMS = (*train_ours.SETTINGS, *train_trl.SETTINGS)
@@ -53,6 +52,7 @@ class Options(Output):
     name: str = "train-step-" + platform.node()
     """Their name."""
     stages: tuple[Stage, ...] = ("SFT", "DPO", "reward", "PPO")
+    """Of what the steps are."""
     systems: tuple[str, ...] = SYSTEMS
     """Which ones; TRL is left out where it is not installed, which is said."""
     size: Literal["124m", "tiny"] = "124m"
@@ -98,13 +98,12 @@ def main(options: Options) -> None:
 
 
 def _rows(options: Options) -> Iterator[Row]:
-    console = Console()
     folder = None if options.ppo_trl is None else str(options.ppo_trl.resolve())
     with tempfile.TemporaryDirectory() as models:
         save_models(Path(models), options.size)
         for stage in options.stages:
             for name in options.systems:  # innermost, so that what is compared runs within minutes
-                if _can_run(name, stage, options, console):
+                if _can_run(name, stage, options):
                     given = [for_worker(options) | {"ppo_trl": folder}, stage, name, models]
                     labels = {"stage": stage, "system": name}
                     yield Row(labels, partial(in_a_process, __file__, given))
@@ -210,14 +209,14 @@ def _gap(each: dict[str, Any], theirs: list[dict[str, Any] | None]) -> str:
     return f"{max(abs(ours - its) for ours, its in pairs):.0e}"
 
 
-def _can_run(name: str, stage: str, options: Options, console: Console) -> bool:
+def _can_run(name: str, stage: str, options: Options) -> bool:
     if name in train_ours.SETTINGS:
         return True
-    if not installed(f"{stage}, {name}", "trl", console):
+    if not installed(f"{stage}, {name}", "trl"):
         return False
     if stage == "PPO" and options.ppo_trl is None and not _has_ppo():
         said = f"trl {version('trl')} has no PPOTrainer, and --ppo-trl is not given, left out"
-        console.print(f"{stage}, {name}: {said}", markup=False)
+        print(f"{stage}, {name}: {said}")
         return False
     return True
 
