@@ -1,7 +1,7 @@
 """Loss curves that must be one curve: ours beside TRL's, and ours with and without what makes it fast.
 
-    python benchmarks/train_curves.py                       a small model, CPU, a few minutes with TRL
-    python benchmarks/train_curves.py --size 124m --stages DPO --steps 10 --learning-rate 1e-4
+    python benchmarks/train_curves.py                       a small model, CPU, 4 minutes with TRL
+    python benchmarks/train_curves.py --size 124m --stages DPO --steps 8 --learning-rate 1e-4
     python benchmarks/train_curves.py --device cuda --steps 200
 
 Every run trains the same weights on the same ragged batches in the same order, in a process of its own. What
