@@ -21,7 +21,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     results = measured(record)
     stages = list(dict.fromkeys(each["stage"] for each in results))
     systems = list(dict.fromkeys(each["system"] for each in results))
-    colours = dict(zip(systems, plt.get_cmap("tab20").colors, strict=False))
+    palette = plt.get_cmap("tab20")
+    colours = {system: palette(number) for number, system in enumerate(systems)}
     figure, panels = plt.subplots(2, len(stages), figsize=(5 * len(stages), 7), squeeze=False, sharex=True)
     for (above, below), stage in zip(panels.T, stages, strict=True):
         here = {each["system"]: each["losses"] for each in results if each["stage"] == stage}

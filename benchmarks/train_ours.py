@@ -226,9 +226,7 @@ def _parts(rows: int, setting: Setting) -> int:
     """Rows of a micro-batch; a row of the table that says how many there are is not made of fewer."""
     size = -(-rows // setting.parts)
     if -(-rows // size) != setting.parts:
-        raise SystemExit(
-            f"{rows} rows cannot be cut into {setting.parts} equal micro-batches but for the last"
-        )
+        raise SystemExit(f"{rows} rows cannot be cut into {setting.parts} micro-batches")
     return size
 
 
