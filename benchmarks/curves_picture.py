@@ -23,7 +23,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     systems = list(dict.fromkeys(each["system"] for each in results))
     palette = plt.get_cmap("tab20")
     colours = {system: palette(number) for number, system in enumerate(systems)}
-    figure, panels = plt.subplots(2, len(stages), figsize=(5 * len(stages), 7), squeeze=False, sharex=True)
+    size = (max(5 * len(stages), 10), 7)  # as wide as the legend at least
+    figure, panels = plt.subplots(2, len(stages), figsize=size, squeeze=False, sharex=True)
     for (above, below), stage in zip(panels.T, stages, strict=True):
         here = {each["system"]: each["losses"] for each in results if each["stage"] == stage}
         _curves(above, here, colours)
