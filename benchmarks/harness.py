@@ -1,30 +1,91 @@
-"""What the benchmarks share: a process for each measurement, peaks of memory, results as files."""
+"""What the benchmarks share while they measure: a process for each row, peaks of memory, what was asked for.
 
+What becomes of the rows is in `record`.
+"""
+
+import dataclasses
 import importlib.metadata
 import json
-import platform
+import re
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from minirlhf.runs import write_text_atomic
+import torch
 
 
-def in_a_process(script: str, given: list[Any], labels: dict[str, Any]) -> dict[str, Any]:
-    """What `script --worker GIVEN` prints last, as JSON; or the labels, and how it failed."""
+def in_a_process(script: str, given: list[Any]) -> dict[str, Any]:
+    """What `script --worker GIVEN` prints last, as JSON; or {"failed": how it failed}."""
     command = [sys.executable, script, "--worker", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:  # by the system, when memory is short
+        return {"failed": f"failed: killed by {signal.Signals(-done.returncode).name}"}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return labels | {"failed": f"failed: {last[0][:100]}"}
-    return labels | json.loads(done.stdout.splitlines()[-1])
+        return {"failed": f"failed: {last[0][:100]}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def worker_arguments() -> list[Any] | None:
     """What `in_a_process` has given, in that process."""
     return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--worker"] else None
+
+
+def for_worker(options: Any) -> dict[str, Any]:
+    """A benchmark's options as JSON takes them; paths, which only the parent needs, are left empty."""
+    asked = dataclasses.asdict(options)
+    return {name: "" if isinstance(value, Path) else value for name, value in asked.items()}
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the benchmark with one line."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def check_place(device: str) -> None:
+    """Refuses a device that is not here, and a system whose peaks of memory cannot be read."""
+    if sys.platform != "linux":
+        refuse(f"peaks of memory are read from /proc, which is Linux's; this is {sys.platform}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        refuse(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        refuse(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+
+
+def check_names(flag: str, asked: Iterable[str], known: Collection[str]) -> None:
+    """Refuses a name that is not known, and none at all."""
+    asked = list(asked)
+    wrong = [each for each in asked if each not in known]
+    if wrong or not asked:
+        got = repr(wrong[0]) if wrong else "nothing"
+        refuse(f"{flag}: expected any of {', '.join(map(repr, known))}, got {got}")
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Refuses what is less than 1 where something is counted."""
+    for name in names:
+        value = getattr(options, name)
+        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            refuse(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
+def installed(system: str, package: str | None) -> bool:
+    """Whether what a system needs is there; says so if not. None: it needs nothing."""
+    missing = package is not None and version(package) is None
+    if missing:
+        print(f"{system}: {package} is not installed, left out")
+    return not missing
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def forget_peak() -> int:
@@ -36,47 +97,6 @@ def forget_peak() -> int:
 def peak() -> int:
     """Most bytes that were resident since `forget_peak`, or since the process began."""
     return _resident("VmHWM")
-
-
-def version(package: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def record_of(options: Any, packages: tuple[str, ...], results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that a result has to say about where it comes from, and the result."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "versions": {each: version(each) for each in packages},
-        "options": json.loads(json.dumps(vars(options), default=str)),
-        "results": results,
-    }
-
-
-def save(record: dict[str, Any], table: str, folder: Path, name: str) -> None:
-    """NAME.json and NAME.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    write_text_atomic(folder / f"{name}.md", table)
-
-
-def where(record: dict[str, Any]) -> str:
-    """The line under a table's title: machine, threads, type, versions."""
-    machine = next(each["machine"] for each in record["results"] if "machine" in each)
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
-    return (
-        f"{record['date']}; {machine['name']}, {machine['threads']} threads, {machine['dtype']}: "
-        f"{machine['gflops']:.0f} GFLOP/s in a large product, {machine['gbytes']:.0f} GB/s read; {versions}."
-    )
-
-
-def head(title: str, record: dict[str, Any], explained: str) -> list[str]:
-    """A report's lines above its table: title, where it comes from, what the columns are."""
-    return [f"# {title}", "", where(record), "", explained, ""]
 
 
 def _resident(name: str) -> int:

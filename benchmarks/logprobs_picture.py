@@ -7,11 +7,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from record import machine_of, measured
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Writes the PNG: a row of panels per share of masked tokens."""
-    results = [each for each in record["results"] if "failed" not in each]
+    results = measured(record)
     shares = sorted({each["masked"] for each in results})
     systems = list(dict.fromkeys(each["system"] for each in results))
     figure, panels = plt.subplots(len(shares), 2, figsize=(11, 3.8 * len(shares)), squeeze=False)
@@ -31,7 +32,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0][1].legend(fontsize=8)
-    machine = results[0]["machine"]
+    machine = machine_of(record)
     figure.suptitle(f"log π(token) and both gradients, {machine['dtype']}, {machine['name']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

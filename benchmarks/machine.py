@@ -9,14 +9,25 @@ import torch
 
 
 @dataclass(frozen=True)
-class Machine:
-    """name: processor or GPU. gflops: of a large matrix product in `dtype`. gbytes: per second, read."""
+class Named:
+    """name: processor or GPU. threads: of torch. dtype: what is computed in."""
 
     name: str
     threads: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class Machine(Named):
+    """With its limits. gflops: of a large matrix product in `dtype`. gbytes: per second, read."""
+
     gflops: float
     gbytes: float
+
+
+def named(device: torch.device, dtype: torch.dtype) -> Named:
+    """The machine that this process runs on."""
+    return Named(_name(device), torch.get_num_threads(), str(dtype).removeprefix("torch."))
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -27,9 +38,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     product = best_of(lambda: a @ a, device)
     reading = best_of(lambda: many.sum(), device)
     return Machine(
-        name=_name(device),
-        threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
+        **vars(named(device, dtype)),
         gflops=2 * size**3 / product / 1e9,
         gbytes=many.nbytes / reading / 1e9,
     )

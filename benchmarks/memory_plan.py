@@ -1,34 +1,40 @@
-"""The memory plan beside what the run took: every stage, planned by --dry-run, then run. Table, JSON.
+"""The memory plan beside what the run took: each stage planned, then run. Table, picture, JSON.
 
-    PYTHONPATH=. python benchmarks/memory_plan.py             GPT-2 124M and a model of 27 M, random weights
-    PYTHONPATH=. python benchmarks/memory_plan.py --sizes small --stages sft ppo
+    python benchmarks/memory_plan.py                          GPT-2 124M and a model of 27 M, random weights
+    python benchmarks/memory_plan.py --sizes gpt2 --stages ppo group --add
 
-Plan and run have a process each and are the commands that a user types. What a run took is the most that was
-resident of its process (VmHWM): Python and torch included, as in the plan.
+Plan (--dry-run) and run have a process each and are the commands that a user types. What a run took is the
+most that was resident of its process (VmHWM): Python and torch included, as in the plan. A stage whose plan
+is larger than the memory that is there is not run, which the table says.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
+import platform
 import random
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from harness import in_a_process, peak, record_of, save, worker_arguments
-from rich.console import Console
+from harness import check_names, check_place, in_a_process, peak, worker_arguments
+from machine import named
+from record import Benchmark, Output, Record, Row, head, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minirlhf.cli import main as minirlhf
 from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
 from minirlhf.models.interface import with_scalar_head
+from minirlhf.training.memory_plan import available
 
-HERE = Path(__file__).resolve().parent
 Size = Literal["small", "gpt2"]
 SHAPES = {
     "small": gpt2.GPT2Config(
@@ -47,20 +53,22 @@ FLAGS = {
 FLAGS["ppo"] += ["--max-response", "32"]
 FLAGS["group"] += ["--max-response", "32", "--iterations", "2", "--epochs", "1"]
 FLAGS["sft+adapters"] = [*FLAGS["sft"], "--adapter-rank", "8"]
+FLAGS["dpo+adapters"] = [*FLAGS["dpo"], "--adapter-rank", "8"]
 FLAGS["sft+recomputation"] = [*FLAGS["sft"], "--activation-recomputation"]
 FLAGS["ppo+adapters+bf16"] = [*FLAGS["ppo"], "--adapter-rank", "8", "--precision", "bf16"]
 _PLANNED = re.compile(r"planned peak of memory ([\d.]+) GB")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Output):
     """Compares planned and measured peaks."""
 
+    name: str = "memory_plan-" + platform.node()
+    """Their name."""
     sizes: tuple[Size, ...] = ("small", "gpt2")
+    """Of the model: 27 M parameters, and GPT-2's 124 M."""
     stages: tuple[str, ...] = tuple(FLAGS)
-    out: Path = HERE / "results"
-    """Where the table and the JSON go."""
-    name: str = "memory_plan"
+    """Which commands, and with which of their options."""
 
 
 def write_files(folder: Path, shape: gpt2.GPT2Config, *, rows: int = 60) -> None:
@@ -112,38 +120,61 @@ def command(stage: str, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def work(given: list[Any]) -> dict[str, Any]:
-    """One command in this process: bytes planned by a dry run, or bytes taken."""
-    arguments, said = given, io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = minirlhf(arguments)
-    if code:
-        raise SystemExit(f"minirlhf {arguments[0]}: {errors.getvalue().strip().splitlines()[-1]}")
-    found = _PLANNED.search(said.getvalue())
-    return {"planned": float(found[1]) * 1e9 if found else None, "taken": peak()}
+def main(options: Options) -> None:
+    """Plans and runs, prints the table, writes all three."""
+    check_place("cpu")
+    check_names("--stages", options.stages, FLAGS)
+    benchmark = Benchmark(
+        packages=("torch", "numpy"),
+        report=report,
+        said=_said,
+        picture="memory_picture",
+        choices=("sizes", "stages"),
+    )
+    run(options, _rows(options), benchmark)
 
 
-def compare(size: str, stage: str, folder: Path) -> dict[str, Any]:
-    """One row of the table."""
-    labels, arguments = {"size": size, "stage": stage}, command(stage, folder)
-    dry = in_a_process(__file__, [*arguments, "--dry-run"], labels)
-    wet = in_a_process(__file__, arguments, labels)
-    failed = {name: each["failed"] for name, each in (("dry", dry), ("run", wet)) if "failed" in each}
-    if failed:
-        return labels | {"failed": str(failed)}
-    return labels | {
-        "planned": dry["planned"],
+def _rows(options: Options) -> Iterator[Row]:
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(Path(folder), SHAPES[size])
+            for stage in options.stages:
+                yield Row({"size": size, "stage": stage}, partial(_compared, command(stage, Path(folder))))
+
+
+def _compared(arguments: list[str]) -> dict[str, Any]:
+    """Planned and taken, in bytes; what the dry run itself took, and their ratio."""
+    dry = in_a_process(__file__, [*arguments, "--dry-run"])
+    if "failed" in dry:
+        return {"failed": f"dry run {dry['failed']}"}
+    planned, there = dry["planned"], available(torch.device("cpu"))
+    if there is not None and planned > there:
+        return {"failed": f"not run: planned {planned / 1e9:.1f} GB, {there / 1e9:.1f} are available"}
+    wet = in_a_process(__file__, arguments)
+    if "failed" in wet:
+        return wet
+    return {
+        "planned": planned,
         "taken": wet["taken"],
         "dry_run_took": dry["taken"],
-        "ratio": dry["planned"] / wet["taken"],
+        "ratio": planned / wet["taken"],
+        "machine": wet["machine"],
     }
 
 
-def table_of(record: dict[str, Any]) -> str:
-    """Markdown."""
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
+def _said(row: dict[str, Any]) -> str:
+    return f"planned {row['planned'] / 1e9:.2f} GB, taken {row['taken'] / 1e9:.2f}"
+
+
+def report(record: Record) -> str:
+    """The table, as Markdown."""
     lines = [
-        f"{record['date']}; cpu, {torch.get_num_threads()} threads, fp32; {versions}.\n",
+        *head(
+            "Memory, planned and taken",
+            record,
+            f"Prompts of {PROMPT} tokens, responses of {RESPONSE[0]} to {RESPONSE[1]}; batches: FLAGS in "
+            "benchmarks/memory_plan.py.",
+        ),
         "| model | stage | planned, GB | taken, GB | planned / taken | the dry run took, GB |",
         "|---|---|--:|--:|--:|--:|",
     ]
@@ -157,18 +188,19 @@ def table_of(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """All rows, one process after the other."""
-    options, results = tyro.cli(Options, description=__doc__), []
-    for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(Path(folder), SHAPES[size])
-            for stage in options.stages:
-                results.append(compare(size, stage, Path(folder)))
-                Console(stderr=True).print(results[-1])
-    record = record_of(options, ("torch", "numpy"), results)
-    save(record, table_of(record), options.out, options.name)
-    print(table_of(record), end="")
+def work(arguments: list[str]) -> dict[str, Any]:
+    """One command in this process: bytes planned by a dry run, or bytes taken."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = minirlhf(arguments)
+    if code:
+        raise SystemExit(f"minirlhf {arguments[0]}: {errors.getvalue().strip().splitlines()[-1]}")
+    found, machine = _PLANNED.search(said.getvalue()), named(torch.device("cpu"), torch.float32)
+    return {
+        "planned": float(found[1]) * 1e9 if found else None,
+        "taken": peak(),
+        "machine": dataclasses.asdict(machine),
+    }
 
 
 if __name__ == "__main__":
@@ -176,4 +208,4 @@ if __name__ == "__main__":
     if given is not None:
         print(json.dumps(work(given)))
     else:
-        main()
+        main(tyro.cli(Options, description=__doc__))

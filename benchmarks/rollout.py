@@ -14,16 +14,24 @@ import dataclasses
 import json
 import platform
 import statistics
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import tyro
-from harness import head, in_a_process, peak, record_of, save, version, worker_arguments
+from harness import (
+    check_counts,
+    check_names,
+    check_place,
+    in_a_process,
+    installed,
+    peak,
+    worker_arguments,
+)
 from machine import Machine, measure
-from rich.console import Console
+from record import Benchmark, Output, Record, Row, head, run
 from rollout_account import account
 from rollout_systems import ACCOUNTED, SYSTEMS, Cost, Subject
 from torch.utils._pytree import tree_map
@@ -34,16 +42,17 @@ from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.runs import keep_freed_memory
 from minirlhf.training.device import move
 
-HERE = Path(__file__).resolve().parent
 NEEDS = {"transformers": "transformers", "CTranslate2": "ctranslate2", "vLLM": "vllm"}
 # Refilling is of no use to one batch; a static cache would be compiled for every length of a prompt.
 NOT_FOR = {"equal": ("minirlhf, no refill",), "skewed": ("transformers, static",)}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Output):
     """Compares systems that sample from GPT-2 124M."""
 
+    name: str = "rollout-" + platform.node()
+    """Their name."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Which ones; those that are not installed are left out, which is said."""
     workloads: tuple[Literal["equal", "skewed"], ...] = ("equal", "skewed")
@@ -58,41 +67,44 @@ class Options:
     """Of weights and cache."""
     times: int = 3
     """Counted runs of each."""
-    add: bool = False
-    """Add to the results that are there under this name, instead of beginning anew."""
-    out: Path = HERE / "results"
-    """Where the table, the picture and the JSON go."""
-    name: str = "rollout-" + platform.node()
-    """Their name."""
 
 
 def main(options: Options) -> None:
     """Measures, prints the table, writes all three."""
-    console, file = Console(), options.out / f"{options.name}.json"
-    results = json.loads(file.read_text())["results"] if options.add and file.exists() else []
-    names = [name for name in options.systems if _installed(name, console)]
+    check_place(options.device)
+    check_names("--systems", options.systems, SYSTEMS)
+    check_counts(options, "batches", "skewed_batches", "times")
+    benchmark = Benchmark(
+        packages=("torch", *NEEDS.values()),
+        report=report,
+        said=_said,
+        picture="rollout_picture",
+        choices=("systems", "workloads", "batches", "skewed_batches"),
+    )
+    run(options, _rows(options), benchmark)
+
+
+def _rows(options: Options) -> Iterator[Row]:
+    names = [name for name in options.systems if installed(name, _package(name))]
     for kind in options.workloads:
         for batch in options.batches if kind == "equal" else options.skewed_batches:
             for name in names:  # innermost, so that what is compared runs within minutes
                 if name in NOT_FOR[kind]:
                     continue
-                started = time.perf_counter()
                 given = [name, kind, batch, options.device, options.dtype, options.times]
                 labels = {"system": name, "workload": kind, "batch": batch}
-                got = in_a_process(__file__, given, labels)
-                results = [each for each in results if not labels.items() <= each.items()] + [got]
-                record = record_of(options, ("torch", *NEEDS.values()), results)
-                save(record, report(record), options.out, options.name)  # an hour's work is not lost
-                said = got.get("failed") or f"{got['tokens_per_second']:.0f} tokens/s"
-                console.print(f"{kind} {batch:4d} {name}: {said} ({time.perf_counter() - started:.0f} s)")
-    record = record_of(options, ("torch", *NEEDS.values()), results)
-    console.print(report(record), markup=False)
-    from rollout_picture import draw
-
-    draw(record, options.out / f"{options.name}.png")
+                yield Row(labels, partial(in_a_process, __file__, given))
 
 
-def report(record: dict[str, Any]) -> str:
+def _package(name: str) -> str | None:
+    return next((NEEDS[start] for start in NEEDS if name.startswith(start)), None)
+
+
+def _said(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_second']:.0f} tokens/s"
+
+
+def report(record: Record) -> str:
     """The table, as Markdown."""
     lines = [
         *head(
@@ -185,14 +197,6 @@ def _of_reading(
     """Of the rate of reading: the weights, once for every decode step."""
     size = weight_bytes(model, params) * (workload.new[0] - 1)
     return size / cost.decode / machine.gbytes / 1e9
-
-
-def _installed(name: str, console: Console) -> bool:
-    package = next((NEEDS[start] for start in NEEDS if name.startswith(start)), None)
-    missing = package is not None and not version(package)
-    if missing:
-        console.print(f"{name}: {package} is not installed, left out")
-    return not missing
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from record import machine_of, measured
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Writes the PNG: lines over the batch, or bars where there is one batch only."""
-    results = [each for each in record["results"] if "failed" not in each]
+    results = measured(record)
     kinds = sorted({each["workload"] for each in results})
     systems = sorted({each["system"] for each in results}, key=lambda name: (not _ours(name), name))
     colours = {system: f"C{number}" for number, system in enumerate(systems)}
@@ -23,7 +24,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         (_bars if len(batches) == 1 else _lines)(panel, here, batches, colours)
         panel.set_title(kind if len(batches) > 1 else f"{kind}, {batches[0]} rows at a time")
         panel.grid(alpha=0.3)
-    machine = results[0]["machine"]
+    machine = machine_of(record)
     figure.suptitle(
         f"GPT-2 124M, {machine['dtype']}, {machine['name']}, {machine['threads']} threads", fontsize=10
     )

@@ -223,7 +223,11 @@ def _differentiate(setting: Setting) -> Differentiate:
 
 
 def _parts(rows: int, setting: Setting) -> int:
-    return -(-rows // setting.parts)
+    """Rows of a micro-batch; a row of the table that says how many there are is not made of fewer."""
+    size = -(-rows // setting.parts)
+    if -(-rows // size) != setting.parts:
+        raise SystemExit(f"{rows} rows cannot be cut into {setting.parts} micro-batches")
+    return size
 
 
 def _trained(state: TrainState) -> int:

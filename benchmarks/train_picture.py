@@ -8,11 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from record import machine_of, measured
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Writes the PNG. Seconds are shown per 1,000 tokens read, so that the stages fit one axis."""
-    results = [each for each in record["results"] if "failed" not in each]
+    results = measured(record)
     systems = list(dict.fromkeys(each["system"] for each in results))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
     speed = {
@@ -26,7 +27,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     _bars(right, memory, systems, "{:.1f}")
     right.set_ylabel("peak memory of the process, GB")
     left.legend(fontsize=8)
-    machine = results[0]["machine"]
+    machine = machine_of(record)
     figure.suptitle(
         f"Training steps of GPT-2, {machine['dtype']}, {machine['name']}, {machine['threads']} threads",
         fontsize=10,
@@ -55,21 +56,3 @@ def _bars(panel: Axes, values: dict[tuple[str, str], float], systems: list[str],
 
 def _label(stage: str, part: str) -> str:
     return stage if part == "step" else f"{stage} {part}"
-
-
-def draw_curves(record: dict[str, Any], path: Path) -> None:
-    """Writes the PNG of the loss curves: one panel per stage, each run over the one below it."""
-    results = [each for each in record["results"] if "failed" not in each]
-    stages = list(dict.fromkeys(each["stage"] for each in results))
-    figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), squeeze=False)
-    for panel, stage in zip(panels[0], stages, strict=True):
-        here = [each for each in results if each["stage"] == stage]
-        for number, each in enumerate(here):
-            width, dash = 1 + 1.5 * (len(here) - 1 - number), (0, (6, number))
-            panel.plot(each["losses"], label=each["system"], linewidth=width, linestyle=dash)
-        panel.set(title=stage, xlabel="step", ylabel="loss")
-        panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

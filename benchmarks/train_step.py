@@ -14,11 +14,11 @@ that are not counted (memory that is new to a process is slow, and what is compi
 import dataclasses
 import json
 import platform
-import shutil
 import statistics
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,21 +26,34 @@ import torch
 import train_ours
 import train_trl
 import tyro
-from harness import in_a_process, record_of, save, version, where, worker_arguments
+from harness import (
+    check_counts,
+    check_names,
+    check_place,
+    for_worker,
+    in_a_process,
+    installed,
+    refuse,
+    version,
+    worker_arguments,
+)
 from machine import measure
-from rich.console import Console
+from record import Benchmark, Output, Record, Row, head, run
 from train_work import Work, flops, save_models, tokens
 
-HERE = Path(__file__).resolve().parent
+SYSTEMS = (*train_ours.SETTINGS, *train_trl.SETTINGS)
 Stage = Literal["SFT", "DPO", "reward", "PPO"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Output):
     """Compares training steps of minirlhf and TRL."""
 
+    name: str = "train-step-" + platform.node()
+    """Their name."""
     stages: tuple[Stage, ...] = ("SFT", "DPO", "reward", "PPO")
-    systems: tuple[str, ...] = (*train_ours.SETTINGS, *train_trl.SETTINGS)
+    """Of what the steps are."""
+    systems: tuple[str, ...] = SYSTEMS
     """Which ones; TRL is left out where it is not installed, which is said."""
     size: Literal["124m", "tiny"] = "124m"
     """tiny: to see whether everything runs."""
@@ -64,47 +77,40 @@ class Options:
     """Steps that are."""
     ppo_trl: Path | None = None
     """A folder with a TRL that has PPOTrainer; None where the installed one does."""
-    add: bool = False
-    """Add to the results that are there under this name, instead of beginning anew."""
-    out: Path = HERE / "results"
-    """Where the table, the picture and the JSON go."""
-    name: str = "train-step-" + platform.node()
-    """Their name."""
 
 
 def main(options: Options) -> None:
     """Measures, prints the table, writes all three."""
-    console, file = Console(), options.out / f"{options.name}.json"
-    results = json.loads(file.read_text())["results"] if options.add and file.exists() else []
-    models = Path(tempfile.mkdtemp())
-    try:
-        save_models(models, options.size)
+    check_place(options.device)
+    check_names("--systems", options.systems, SYSTEMS)
+    sizes = ("pairs", "prompt", "response", "rollouts", "asked", "answered")
+    check_counts(options, *sizes, "warm", "times")
+    if options.ppo_trl is not None and not (options.ppo_trl / "trl").is_dir():
+        refuse(f"--ppo-trl {options.ppo_trl}: there is no trl in this folder")
+    benchmark = Benchmark(
+        packages=("torch", "transformers", "trl"),
+        report=report,
+        said=_said,
+        picture="train_picture",
+        choices=("stages", "systems", "ppo_trl"),
+    )
+    run(options, _rows(options), benchmark)
+
+
+def _rows(options: Options) -> Iterator[Row]:
+    folder = None if options.ppo_trl is None else str(options.ppo_trl.resolve())
+    with tempfile.TemporaryDirectory() as models:
+        save_models(Path(models), options.size)
         for stage in options.stages:
             for name in options.systems:  # innermost, so that what is compared runs within minutes
-                if not _can_run(name, stage, options, console):
-                    continue
-                started, labels = time.perf_counter(), {"stage": stage, "system": name}
-                folder = None if options.ppo_trl is None else str(options.ppo_trl.resolve())
-                given = [
-                    dataclasses.asdict(options) | {"out": "", "ppo_trl": folder},
-                    stage,
-                    name,
-                    str(models),
-                ]
-                got = in_a_process(__file__, given, labels)
-                results = [each for each in results if not labels.items() <= each.items()] + [got]
-                record = record_of(options, ("torch", "transformers", "trl"), results)
-                save(record, report(record), options.out, options.name)
-                said = got.get("failed") or f"{got['parts'][0]['seconds']:.2f} s, {got['peak_mb']:.0f} MB"
-                console.print(f"{stage}, {name}: {said} ({time.perf_counter() - started:.0f} s)")
-    finally:
-        shutil.rmtree(models)
-    record = record_of(options, ("torch", "transformers", "trl"), results)
-    save(record, report(record), options.out, options.name)
-    console.print(report(record), markup=False)
-    from train_picture import draw
+                if _can_run(name, stage, options):
+                    given = [for_worker(options) | {"ppo_trl": folder}, stage, name, models]
+                    labels = {"stage": stage, "system": name}
+                    yield Row(labels, partial(in_a_process, __file__, given))
 
-    draw(record, options.out / f"{options.name}.png")
+
+def _said(row: dict[str, Any]) -> str:
+    return f"{row['parts'][0]['seconds']:.2f} s, {row['peak_mb']:.0f} MB"
 
 
 def worker(given: dict[str, Any], stage: str, name: str, models: str) -> dict[str, Any]:
@@ -144,19 +150,19 @@ def worker(given: dict[str, Any], stage: str, name: str, models: str) -> dict[st
     }
 
 
-def report(record: dict[str, Any]) -> str:
+def report(record: Record) -> str:
     """The table, as Markdown."""
     lines = [
-        "# Training steps",
-        "",
-        where(record),
-        "",
-        "s: a step's median [fastest, slowest]. of limit: the flops that the stage needs at least (formula: "
-        "benchmarks/train_work.py), by time and the rate of a large product in the same process. peak MB: "
-        "resident in the process at most, from its first step on. trained MB: gradients and both moments. "
-        "speed: how many times faster than TRL's default / its best setting. memory: peak, as a multiple of "
-        "theirs. loss: the largest difference from TRL's over the same steps.",
-        "",
+        *head(
+            "Training steps",
+            record,
+            "s: a step's median [fastest, slowest]. of limit: the flops that the stage needs at least "
+            "(formula: benchmarks/train_work.py), by time and the rate of a large product in the same "
+            "process. peak MB: resident in the process at most, from its first step on. trained MB: "
+            "gradients and both moments. speed: how many times faster than TRL's default / its best setting. "
+            "memory: peak, as a multiple of theirs. loss: the largest difference from TRL's over the same "
+            "steps.",
+        ),
         "| stage | system | s | tokens/s | of limit | peak MB | trained MB | speed | memory | loss |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -203,17 +209,16 @@ def _gap(each: dict[str, Any], theirs: list[dict[str, Any] | None]) -> str:
     return f"{max(abs(ours - its) for ours, its in pairs):.0e}"
 
 
-def _can_run(name: str, stage: str, options: Options, console: Console) -> bool:
+def _can_run(name: str, stage: str, options: Options) -> bool:
     if name in train_ours.SETTINGS:
         return True
-    missing = None
-    if version("trl") is None or version("transformers") is None:
-        missing = "trl is not installed"
-    elif stage == "PPO" and options.ppo_trl is None and not _has_ppo():
-        missing = f"trl {version('trl')} has no PPOTrainer, and --ppo-trl is not given"
-    if missing:
-        console.print(f"{stage}, {name}: {missing}, left out")
-    return missing is None
+    if not installed(f"{stage}, {name}", "trl"):
+        return False
+    if stage == "PPO" and options.ppo_trl is None and not _has_ppo():
+        said = f"trl {version('trl')} has no PPOTrainer, and --ppo-trl is not given, left out"
+        print(f"{stage}, {name}: {said}")
+        return False
+    return True
 
 
 def _has_ppo() -> bool:

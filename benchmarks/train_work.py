@@ -11,6 +11,7 @@ from minirlhf.models.checkpoint import Normalisation, save_language_model, save_
 from minirlhf.models.interface import with_scalar_head
 
 PAD = 0  # in no text: transformers reads a reward at the last token that is not this one
+AS_IT_IS = "minirlhf"  # ours, with nothing switched off: what other curves are compared with
 
 SIZES = {
     "124m": gpt2.GPT2Config(),
