@@ -14,12 +14,20 @@ from minirlhf.objectives.masked import sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
 from minirlhf.training.packed import together
 
+KL_ROWS = 64
+"""Rows that both models read at a time."""
+
 _LOGITS = 2**22  # most logits held at once, per tensor: 16 MiB in fp32
 
 
 @torch.no_grad()
 def kl_to_reference(
-    model: LanguageModel, params: Params, ref_params: Params, rollout: Rollout, *, micro_batch_size: int = 64
+    model: LanguageModel,
+    params: Params,
+    ref_params: Params,
+    rollout: Rollout,
+    *,
+    micro_batch_size: int = KL_ROWS,
 ) -> Tensor:
     """An estimate of KL(π‖π_ref) of whole responses from each response; y ~ π at temperature 1.
 
