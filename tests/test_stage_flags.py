@@ -35,7 +35,18 @@ PAGES: dict[str, tuple[Any, str]] = {
 ADAPTERS = ("--adapter-rank", 2, "--adapter-alpha", 4, "--adapter-targets", "c_attn", "mlp.c_proj")
 MORE = {  # so that the best checkpoint is not the one to start from
     "reward": ("--metric-for-best-model", "eval_loss", "--max-steps", 4),
-    "ppo": ("--max-steps", 3, "--kl-coefficient", 0),
+    "ppo": (
+        "--max-steps",
+        4,
+        "--kl-coefficient",
+        0,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--learning-rate",
+        0.01,
+    ),
     "group": ("--max-steps", 3, "--kl-coefficient", 0),
 }
 SUPERVISED = ("sft", "reward", "dpo")
