@@ -130,7 +130,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _one_line(box: str) -> str:
     """The words of an error box, without the help that it repeats."""
-    rows = [re.sub(r"[\u2500-\u257f]+", " ", row).strip() for row in box.splitlines()]
+    rows = [re.sub(r"[\u2500-\u257f]+|-{3,}", " ", row).strip() for row in box.splitlines()]
     text = " ".join(row for row in rows if row)
     return re.sub(r"\s+", " ", re.split(r"Argument helptext:|For full helptext", text)[0]).strip()
 

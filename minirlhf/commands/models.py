@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from minirlhf.commands.common import Flat
+from minirlhf.models.adapter_files import is_adapter, open_adapter
 from minirlhf.models.checkpoint import save_language_model, save_scalar_model
 from minirlhf.models.encoder_files import is_encoder
 from minirlhf.models.families import family_of
@@ -81,15 +82,22 @@ def _import(source: Path, folder: Path) -> str:
             f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}, "
             f"context {config.n_positions:,}"
         )
-    architectures = read_json(source / "config.json").get("architectures") or [""]
-    if str(architectures[0]).endswith("ForSequenceClassification"):
+    if _is_reward_model(source):
         loaded = load_reward_model(source, setting)
         model, params, normalisation = loaded.model, loaded.params, loaded.normalisation
-        save_scalar_model(folder, model, params, tokenizer=source, normalisation=normalisation)
+        text = loaded.tokenizer.path
+        save_scalar_model(folder, model, params, tokenizer=text, normalisation=normalisation)
         return f"reward model, {_described(loaded)}"
     loaded = load_policy(source, setting)
-    save_language_model(folder, loaded.model, loaded.params, tokenizer=source)
+    save_language_model(folder, loaded.model, loaded.params, tokenizer=loaded.tokenizer.path)
     return _described(loaded)
+
+
+def _is_reward_model(source: Path) -> bool:
+    if is_adapter(source):
+        return open_adapter(source).scalar
+    architectures = read_json(source / "config.json").get("architectures") or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
 
 
 def _described(loaded: Checkpoint) -> str:

@@ -38,6 +38,9 @@ class Run:
     """Where to compute; auto is CUDA where there is one, else MPS, else the CPU."""
     max_steps: int | None = None
     """Most optimiser steps of each stage (PPO, group: iterations); None for the recipe's own numbers."""
+    dry_run: bool = False
+    """Read or make the data, print what each part of each stage would need of memory, and the peak over all,
+    and stop: nothing is trained, nothing is written (the data lie in TMPDIR meanwhile)."""
     remote: Flat[RemoteConfig] = field(default_factory=RemoteConfig)
     recipe: Flat[RunConfig] = field(default_factory=demo)
 
@@ -58,9 +61,10 @@ class Run:
                 reward=self.reward,
                 judge=self.judge,
                 remote=self.remote,
+                dry_run=self.dry_run,
             )
         else:
-            pipeline.run_world(self.out, config, device=self.device)
+            pipeline.run_world(self.out, config, device=self.device, dry_run=self.dry_run)
 
 
 @dataclass(frozen=True)

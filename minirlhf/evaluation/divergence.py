@@ -1,19 +1,33 @@
-"""How far a policy has moved from its reference, in nats per sequence, with the law and not the sample."""
+"""How far a policy has moved from its reference, in nats per sequence, with the law and not the sample.
+
+Both models read the same rows, so one packing serves both: no padding, and the samples of a prompt read it
+once (`models.packing`).
+"""
 
 import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import Packing, hidden, pack
 from minirlhf.objectives.divergence import exact_kl
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
+from minirlhf.training.packed import together
+
+KL_ROWS = 64
+"""Rows that both models read at a time."""
 
 _LOGITS = 2**22  # most logits held at once, per tensor: 16 MiB in fp32
 
 
 @torch.no_grad()
 def kl_to_reference(
-    model: LanguageModel, params: Params, ref_params: Params, rollout: Rollout, *, micro_batch_size: int = 64
+    model: LanguageModel,
+    params: Params,
+    ref_params: Params,
+    rollout: Rollout,
+    *,
+    micro_batch_size: int = KL_ROWS,
 ) -> Tensor:
     """An estimate of KL(π‖π_ref) of whole responses from each response; y ~ π at temperature 1.
 
@@ -41,26 +55,45 @@ def kl_to_reference(
         raise ValueError(
             "expected responses sampled at temperature 1, unfiltered; their log-probs say otherwise"
         )
-    parts = []
-    for rows in torch.arange(len(mask), device=mask.device).split(micro_batch_size):
-        width = int(rollout.lengths[rows].max())
+    order, parts = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths), []
+    for rows in order.split(micro_batch_size):
+        lengths = rollout.lengths[rows]
+        width = int(lengths.max())
         tokens, counts = rollout.tokens[rows, :width], mask[rows, :width]
-        kl = _kl_of_states(model, params, ref_params, tokens, counts)
+        place = counts.flatten().nonzero()[:, 0]
+        kl = kl_of_tokens(model, params, ref_params, tokens, place, pack(tokens, lengths))
         parts.append(
             sequence_sum(torch.zeros_like(counts, dtype=kl.dtype).masked_scatter(counts, kl), counts)
         )
-    return torch.cat(parts)
+    in_order = torch.cat(parts)
+    return torch.empty_like(in_order).index_copy_(0, order, in_order)
 
 
-def _kl_of_states(
-    model: LanguageModel, params: Params, ref_params: Params, tokens: Tensor, mask: Tensor
+@torch.no_grad()
+def kl_of_tokens(
+    model: LanguageModel,
+    params: Params,
+    ref_params: Params,
+    tokens: Tensor,
+    place: Tensor,
+    packing: Packing | None = None,
 ) -> Tensor:
-    """Exact KL at every token that counts, [N] in row order."""
-    states = aligned(model.hidden(params, tokens))[mask]  # [N, D]
-    ref_states = aligned(model.hidden(ref_params, tokens))[mask]
+    """KL(π(·|x, y₍<t₎) ‖ π_ref(·|x, y₍<t₎)) at the tokens of right-padded rows [R, T] that stand at `place`.
+
+    Args:
+        place: int64 [N] positions among the R · T, by rows; none is a row's first.
+        packing: of these rows; see `packing.hidden`.
+
+    Returns:
+        fp32 [N] in nats.
+    """
+    states, ref_states = (
+        aligned(hidden(model, each, tokens, packing)).flatten(0, 1).index_select(0, place)  # [N, D]
+        for each in (params, ref_params)
+    )
     head, ref_head = model.unembedding(params), model.unembedding(ref_params)
     at_once = max(1, _LOGITS // len(head))
-    every = torch.ones(1, at_once, dtype=torch.bool, device=mask.device)
+    every = torch.ones(1, at_once, dtype=torch.bool, device=tokens.device)
     return torch.cat(
         [
             exact_kl((s @ head.T)[None], (r @ ref_head.T)[None], every[:, : len(s)])[0]

@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from minirlhf.data import gold
 from minirlhf.data.records import Prompt
 from minirlhf.evaluation.compare import Comparison, EvaluationConfig, compare
 from minirlhf.evaluation.judges import Judge, gold_judge, reward_judge
+from minirlhf.evaluation.memory import Reader, evaluation_plan
 from minirlhf.evaluation.report import show_report, write_report
+from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
+from minirlhf.training.device import resolve
 from minirlhf.training.inputs import read_test_prompts
+from minirlhf.training.plan_table import announce
 from minirlhf.training.prompt_rows import PromptRow
 from minirlhf.training.reward_sources import Reward
+from minirlhf.training.rewards import Scorer
 from minirlhf.training.setting import Setting, seed_for
 from minirlhf.training.workspace import (
     Checkpoint,
@@ -48,24 +54,16 @@ def evaluate(
         InputError: a directory or file is missing or does not fit the others, or there is nobody to judge.
     """
     refuse_existing(out)
-    start = load_policy(sft, setting)
-    others = {name: load_policy(path, setting) for name, path in policies.items()}
-    for other in others.values():
-        require_same_model(start, other)
-    ids, rows = read_test_prompts(start, data, config.max_response, setting)
-    ids, rows = ids[: config.prompts], rows[: config.prompts]
-    prompts = [PromptRow(each, row) for each, row in zip(ids, rows, strict=True)]
-    judging = _judge(start, reward, judge, prompts, data, config, setting)
-    proxy = None if reward is None else reward.scorer(start, prompts, config.max_response)
+    read = _read(policies, sft, reward, data, judge, config, setting)
     comparison = compare(
-        start.model,
-        start.params,
-        {name: other.params for name, other in others.items()},
-        ids,
-        [row.prompt for row in rows],
-        proxy=proxy,
-        judge=judging,
-        tokenizer=start.tokenizer,
+        read.start.model,
+        read.start.params,
+        read.others,
+        [each.ids for each in read.prompts],
+        [each.row.prompt for each in read.prompts],
+        proxy=read.proxy,
+        judge=read.judge,
+        tokenizer=read.start.tokenizer,
         config=config,
         seed=seed_for(setting, "evaluation"),
         say=setting.show,
@@ -73,6 +71,61 @@ def evaluate(
     write_report(out, comparison, metrics=metrics, say=setting.show)
     show_report(comparison)
     return comparison
+
+
+def plan_evaluation(
+    policies: Mapping[str, Path],
+    sft: Path,
+    reward: Reward | None,
+    data: Path,
+    *,
+    judge: Reward | None,
+    config: EvaluationConfig,
+    setting: Setting,
+) -> None:
+    """Says what `evaluate` would need of memory; arguments and errors are its own."""
+    read = _read(policies, sft, reward, data, judge, config, setting)
+    named = (("reward model", reward), ("judge", judge))
+    readers = [
+        Reader(owner, each.backbone.model, each.backbone.params)
+        for owner, each in named
+        if each is not None and each.backbone is not None
+    ]
+    ids, device = [each.ids for each in read.prompts], resolve(setting.device)
+    start = read.start
+    plan = evaluation_plan(start.model, start.params, read.others, readers, ids, config, device=device)
+    announce(plan, setting)
+
+
+class _Read(NamedTuple):
+    """What a comparison is made of: SFT, the policies by name, P prompts, and who scores them."""
+
+    start: Checkpoint
+    others: dict[str, Params]
+    prompts: list[PromptRow]
+    proxy: Scorer | None
+    judge: Judge
+
+
+def _read(
+    policies: Mapping[str, Path],
+    sft: Path,
+    reward: Reward | None,
+    data: Path,
+    judge: Reward | None,
+    config: EvaluationConfig,
+    setting: Setting,
+) -> _Read:
+    start = load_policy(sft, setting)
+    others = {name: load_policy(path, setting) for name, path in policies.items()}
+    for other in others.values():
+        require_same_model(start, other)
+    ids, rows = read_test_prompts(start, data, config.max_response, setting)
+    pairs = list(zip(ids, rows, strict=True))[: config.prompts]
+    prompts = [PromptRow(each, row) for each, row in pairs]
+    judging = _judge(start, reward, judge, prompts, data, config, setting)
+    proxy = None if reward is None else reward.scorer(start, prompts, config.max_response)
+    return _Read(start, {name: other.params for name, other in others.items()}, prompts, proxy, judging)
 
 
 def _judge(

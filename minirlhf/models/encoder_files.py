@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minirlhf.models.adapter_files import is_adapter
 from minirlhf.models.encoder import EncoderConfig, EncoderModel, bind, init_params
 from minirlhf.models.interface import Params
 from minirlhf.models.tensor_files import (
@@ -114,11 +115,13 @@ _FAMILIES = {
 
 
 def is_encoder(directory: Path) -> bool:
-    """Whether a model directory's config.json names a family of this page.
+    """Whether a model directory's config.json names a family of this page; that of an adapter has none.
 
     Raises:
         InputError: there is no such directory, or its config.json is missing or broken.
     """
+    if is_adapter(directory):
+        return False
     return _entries(directory).get("model_type") in _FAMILIES
 
 

@@ -12,31 +12,18 @@ import torch
 
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.footprint import footprint
+from minirlhf.training import plan_phases
 from minirlhf.training.experience import Experience, logp_of, value_of
 from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GroupExperience
 from minirlhf.training.group_update import group_loss
 from minirlhf.training.live_memory import live_memory, without_gradient
-from minirlhf.training.memory_plan import (
-    Entry,
-    Learner,
-    Phase,
-    Plan,
-    base_of,
-    bytes_of,
-    gradient_phases,
-    learner,
-    loading,
-    remedies_of,
-    saving,
-    uncompiled,
-)
+from minirlhf.training.memory_plan import Entry, Phase, Plan, base_of, bytes_of
 from minirlhf.training.mismatch import WEIGHTS
+from minirlhf.training.plan_phases import Learner, learner
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_update import critic_loss, policy_loss
-from minirlhf.training.rewards import SCORED_ROWS, raw_score
-from minirlhf.training.stage_plans import rollout_phase
 from minirlhf.training.update import Loss
 
 _ROLLOUT_CELL = 16  # bytes: an id in int64, and two log-probs
@@ -89,22 +76,26 @@ def on_policy_plan(
     judged = sampling(params=policy.kept, prompts=list(held_out))
     # Both models' copies are made before the rollout, and stay until it has become experience.
     sampled = (*held, *(each.copy for each in (policy, *critics)))
-    fill = partial(rollout_phase, model=model, device=device)
+    fill = partial(plan_phases.rollout_phase, model=model, device=device)
     phases = [
-        loading([("policy", policy.start), *((entry.owner, entry.size) for entry in (*near, *judge))]),
+        plan_phases.loading(
+            [("policy", policy.start), *((entry.owner, entry.size) for entry in (*near, *judge))]
+        ),
         fill("rollout", params=policy.computing, sampled=rollout, around=sampled),
         *_readings(models, config, width, policy, critics, (*sampled, data), device),
         *_updates(models, config, width, policy, critics, (*held, data), device),
         fill("evaluate", params=policy.kept, sampled=judged, around=(*held, data)),
-        saving(policy, (*held, data, Entry("policy", "best checkpoint", policy.size.trained))),
+        plan_phases.saving(policy, (*held, data, Entry("policy", "best checkpoint", policy.size.trained))),
     ]
     assumed = (
         f"rows of {width} tokens: the longest prompts, and responses of {config.max_response}",
         f"{rollout.slots} rows are sampled at a time, {judged.slots} when the policy is judged",
-        *uncompiled(config),
+        *plan_phases.assumptions(config),
     )
     trees = (models.policy, models.reference, models.critic, models.reward)
-    return Plan(name, device, base_of(device, *trees), tuple(phases), assumed, remedies_of(config))
+    return Plan(
+        name, device, base_of(device, *trees), tuple(phases), assumed, plan_phases.remedies_of(config)
+    )
 
 
 def _readings(
@@ -128,18 +119,14 @@ def _readings(
     for name, read, params, rows, lent in readings:
         tokens = torch.zeros(rows, width, dtype=torch.int64)
         live = live_memory(without_gradient(read), params, tokens, tokens.bool(), device=device)
-        phases.append(_reading(name, live.peak, around, lent if models.offload else ()))
+        there = (*around, *(lent if models.offload else ()))
+        phases.append(plan_phases.forward_phase(name, "data", live, there))
     if models.judge is not None and models.reward is not None:
-        rows = min(SCORED_ROWS, config.batch_size)
-        tokens, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        score = without_gradient(partial(raw_score, models.judge))
-        live = live_memory(score, models.reward, tokens, lengths, device=device)
-        phases.append(_reading("score", live.peak, around, judge if models.offload else ()))
+        there, rows = (*around, *(judge if models.offload else ())), config.batch_size
+        phases.append(
+            plan_phases.scoring_phase(models.judge, models.reward, rows, width, there, device=device)
+        )
     return phases
-
-
-def _reading(name: str, activations: int, around: Sequence[Entry], lent: Sequence[Entry]) -> Phase:
-    return Phase(name, (*around, *lent, Entry("data", "activations", activations)))
 
 
 def _updates(
@@ -161,9 +148,10 @@ def _updates(
     count, size = config.batch_size // config.minibatches, config.micro_batch_size
     sizes = [each for each in (min(size, count), min(size, count - size)) if each > 0]
     parts, phases = [_rows(config, rows, width) for rows in sizes], []
+    traced = partial(plan_phases.gradient_phases, device=device)
     for each, loss in losses:
         names = (f"{each.owner} gradient", f"{each.owner} step")
-        phases += gradient_phases(each, loss, parts, torch.ones(()), around, names=names, device=device)
+        phases += traced(each, loss, parts, torch.ones(()), around, names=names)
     return phases
 
 

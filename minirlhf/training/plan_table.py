@@ -1,6 +1,7 @@
 """What a user sees of a memory plan: a table on request, else one line; a word where it will not fit."""
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from minirlhf.training.setting import Setting
 
 def announce(plan: Plan, setting: Setting) -> bool:
     """Shows the plan, whole in a dry run; returns whether this is one, so that the stage ends here."""
-    say = setting.show if setting.dry_run else _beside_the_progress
+    plan, say = setting.planned(plan), setting.show if setting.dry_run else _beside_the_progress
     if setting.dry_run:
         say(table_of(plan))
     say(line_of(plan))
@@ -49,6 +50,8 @@ def table_of(plan: Plan) -> str:
     notes = [f"counted for: {each}" for each in plan.assumed]
     if plan.device.type == "cpu":
         notes.append(f"the process without tensors: {_mb(plan.base)} MB; freed memory stays with it")
+        if plan.left:
+            notes.append(f"the stages before left it {_mb(plan.left)} MB, which this one uses first")
     else:
         notes.append(
             f"on {plan.device}: tensors alone, without the device's context and its allocator's gaps"
@@ -56,10 +59,23 @@ def table_of(plan: Plan) -> str:
     return text.getvalue() + "\n".join(notes)
 
 
-def line_of(plan: Plan) -> str:
-    """The peak in one line."""
-    peak, place = plan.peak / 1e9, plan.fullest.name
+def line_of(plan: Plan, *, at: str | None = None) -> str:
+    """The peak in one line, and where it is reached (at)."""
+    peak, place = plan.peak / 1e9, at or plan.fullest.name
     return f"{plan.stage}: planned peak of memory {peak:.2f} GB on {plan.device} ({place})"
+
+
+def summary_of(plans: Sequence[Plan]) -> str:
+    """The stages of a run in one process, in order, and the peak over all of them in one line."""
+    table = Table(pad_edge=False)
+    table.add_column("stage of the run")
+    table.add_column("planned peak, MB", justify="right")
+    table.add_column("reached at")
+    for plan in plans:
+        table.add_row(plan.stage, _mb(plan.peak), plan.fullest.name)
+    text, most = io.StringIO(), max(plans, key=lambda plan: plan.peak)
+    Console(file=text, width=110).print(table)
+    return text.getvalue() + line_of(most._replace(stage="run"), at=f"{most.stage}: {most.fullest.name}")
 
 
 def warning_of(plan: Plan, room: int) -> str:

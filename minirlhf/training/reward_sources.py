@@ -31,7 +31,7 @@ from minirlhf.training.prompt_rows import PromptRow
 from minirlhf.training.rewards import Scorer, critic_from_reward_model, reward_model_scorer, text_scorer
 from minirlhf.training.setting import Setting, generator_for
 from minirlhf.training.text_rewards import encoder_scorer, load_encoder_reward, text_model_scorer, why_text
-from minirlhf.training.workspace import Checkpoint, load_reward_model
+from minirlhf.training.workspace import Checkpoint, load_policy, load_reward_model
 from minirlhf.verify.subject import SubjectError
 from minirlhf.verify.target import load
 
@@ -101,8 +101,22 @@ def of_reward_model(path: Path, setting: Setting) -> Reward:
     Raises:
         InputError: there is no such model; from `scorer`: a prompt leaves no room in its context.
     """
-    judge, told = load_reward_model(path, where_it_waits(setting)), set[Path]()
-    device = resolve(setting.device)
+    return _of_judge(load_reward_model(path, where_it_waits(setting)), setting)
+
+
+def of_untrained(policy: Path, path: Path, setting: Setting) -> Reward:
+    """The reward model that will be trained from this policy and written to `path`, before it is: its shapes.
+
+    Raises:
+        InputError: there is no such policy.
+    """
+    start = load_policy(policy, setting)
+    params = with_scalar_head(start.model, start.params, generator=generator_for(setting, "reward"))
+    return _of_judge(start._replace(path=path, params=params), setting)
+
+
+def _of_judge(judge: Checkpoint, setting: Setting) -> Reward:
+    path, told, device = judge.path, set[Path](), resolve(setting.device)
 
     def scorer(policy: Checkpoint, prompts: Sequence[PromptRow], max_response: int) -> Scorer:
         why = why_text(policy, judge)

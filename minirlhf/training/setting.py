@@ -10,6 +10,7 @@ import torch
 from minirlhf.data.batches import Overlong
 from minirlhf.data.formats.detect import KEYS
 from minirlhf.runs import InputError
+from minirlhf.training.memory_plan import Plan
 
 ChatTemplate = Literal["auto", "none"]
 Log = Callable[[int, str, dict[str, float]], None]
@@ -90,6 +91,10 @@ class ReadingConfig:
         return 1 - self.validation - self.test, self.validation, self.test
 
 
+def _alone(plan: Plan) -> Plan:
+    return plan
+
+
 class Setting(NamedTuple):
     """What a stage is told besides files and config.
 
@@ -97,6 +102,8 @@ class Setting(NamedTuple):
     show: prints one line. log: the run's metrics, beside the stage's own.
     dry_run: read files and shapes, say the memory plan, and stop before anything is written.
     offload: reference and reward model wait on the CPU between uses (CUDA alone).
+    planned: a stage's memory plan -> what is said of it; several stages in one process know what the others
+        left.
     """
 
     seed: int
@@ -106,6 +113,7 @@ class Setting(NamedTuple):
     log: Log | None = None
     dry_run: bool = False
     offload: bool = False
+    planned: Callable[[Plan], Plan] = _alone
 
 
 def seed_for(setting: Setting, purpose: str) -> int:

@@ -13,29 +13,16 @@ import torch
 from minirlhf.data.records import Example, PairExample
 from minirlhf.data.rows import checked_rows
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.rollout.footprint import Footprint, footprint
-from minirlhf.training import preference, reward_model, sft
+from minirlhf.rollout.footprint import footprint
+from minirlhf.training import plan_phases, preference, reward_model, sft
 from minirlhf.training.gradients import model_of_loss
 from minirlhf.training.live_memory import live_memory, without_gradient
 from minirlhf.training.loop import Step, TrainConfig, longest_first
-from minirlhf.training.memory_plan import (
-    Entry,
-    Learner,
-    Phase,
-    Plan,
-    base_of,
-    bytes_of,
-    forward_phase,
-    gradient_phases,
-    learner,
-    loading,
-    remedies_of,
-    saving,
-    uncompiled,
-)
+from minirlhf.training.memory_plan import Entry, Plan, base_of, bytes_of
 from minirlhf.training.packed import Batch, PackedRows, pack_for
 from minirlhf.training.pair_objectives import PairObjective, PreferenceConfig
 from minirlhf.training.pairs import cut_pairs, pair_lengths, pair_rows
+from minirlhf.training.plan_phases import Learner, learner
 from minirlhf.training.reward_model import RewardConfig
 from minirlhf.training.samples import shown_prompts
 from minirlhf.training.setting import NormaliseConfig
@@ -106,8 +93,8 @@ def preference_plan(
         Entry("reference", "copy in bf16", made),
     )
     first = (
-        loading([("policy", policy.start), ("reference", other)]),
-        forward_phase("refer", "reference", live, around),
+        plan_phases.loading([("policy", policy.start), ("reference", other)]),
+        plan_phases.forward_phase("refer", "reference", live, around),
     )
     return plan._replace(base=base_of(device, params, reference), phases=(*first, *plan.phases[1:]))
 
@@ -148,31 +135,8 @@ def reward_plan(
     if not asked:
         return plan
     sampled = footprint(model, backbone, asked, max_new_tokens=response, device=device)
-    last = rollout_phase("normalise", model, backbone, sampled, around, device=device)
+    last = plan_phases.rollout_phase("normalise", model, backbone, sampled, around, device=device)
     return plan._replace(phases=(*plan.phases, last))
-
-
-def rollout_phase(
-    name: str,
-    model: LanguageModel,
-    params: Params,
-    sampled: Footprint,
-    around: Sequence[Entry],
-    *,
-    device: torch.device,
-) -> Phase:
-    """A rollout at its fullest. On a CPU, packed weights and cache lie in rooms, which go back."""
-    tokens = torch.zeros(sampled.rows, sampled.tokens, dtype=torch.int64)
-    live = live_memory(without_gradient(model.hidden), params, tokens, device=device)
-    in_rooms = device.type == "cpu"
-    entries = (
-        Entry("policy", "merged weights", sampled.copies.merged),
-        Entry("policy", "packed weights", sampled.copies.room, in_rooms),
-        Entry("policy", "8-bit weights", sampled.copies.heap),
-        Entry("policy", "KV cache", sampled.cache, in_rooms),
-        Entry("policy", "activations", max(live.peak, sampled.tables)),
-    )
-    return Phase(name, (*around, *entries))
 
 
 def _loop_plan(
@@ -200,17 +164,21 @@ def _loop_plan(
     fitting, most = shown_prompts(model, prompts)
     if fitting:
         sampled = footprint(model, policy.kept, fitting, max_new_tokens=most, device=device)
-        shown = [rollout_phase("show samples", model, policy.kept, sampled, around, device=device)]
+        shown = [
+            plan_phases.rollout_phase("show samples", model, policy.kept, sampled, around, device=device)
+        ]
     names = ("gradient", "step")
     phases = (
-        loading([("policy", policy.start)]),
-        *gradient_phases(policy, loss, parts, step.normaliser, around, names=names, device=device),
-        forward_phase("evaluate", "policy", judged, (*around, policy.copy)),
+        plan_phases.loading([("policy", policy.start)]),
+        *plan_phases.gradient_phases(
+            policy, loss, parts, step.normaliser, around, names=names, device=device
+        ),
+        plan_phases.forward_phase("evaluate", "policy", judged, (*around, policy.copy)),
         *shown,
-        saving(policy, policy.held(bests=2)),
+        plan_phases.saving(policy, policy.held(bests=2)),
     )
-    assumed = (f"longest micro-batch of the data: {_shape(parts[0])}", *uncompiled(config))
-    return Plan(name, device, 0, phases, assumed, remedies_of(config))
+    assumed = (f"longest micro-batch of the data: {_shape(parts[0])}", *plan_phases.assumptions(config))
+    return Plan(name, device, 0, phases, assumed, plan_phases.remedies_of(config))
 
 
 def _longest_pairs(

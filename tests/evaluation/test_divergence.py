@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,44 @@ def test_chunks_change_nothing(
     monkeypatch.setattr(divergence, "_LOGITS", logits_at_once)
     chunked = kl_to_reference(model, params, reference, rollout, micro_batch_size=rows_at_once)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+def grouped(model: LanguageModel, params: Params) -> Rollout:
+    """Three samples of each of four ragged prompts, in an order that keeps no prompt together."""
+    prompts = [[1, 2, 1, 1, 2, 1], [2], [2, 1, 1, 1], [1, 1, 2]] * 3
+    return generate(
+        model,
+        params,
+        prompts,
+        law=partial(tempered, temperature=1.0),
+        max_new_tokens=8,
+        stop_ids=[0],
+        seed=0,
+        prompt_index=torch.arange(12) % 4,
+        sample_index=torch.arange(12) // 4,
+    )
+
+
+def test_packed_rows_have_the_values_of_rows_read_alone_and_compute_no_token_twice() -> None:
+    model = tiny()
+    params, reference = two_policies(model)
+    rollout, read = grouped(model, params), []
+
+    def states(params: Params, tokens: Tensor, *rest: Any) -> Tensor:
+        read.append(tokens.numel())
+        return model.states(params, tokens, *rest)
+
+    packed = kl_to_reference(model._replace(states=states), params, reference, rollout)
+    rows = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)]
+    distinct = {tuple(row[: t + 1]) for row in rows for t in range(len(row))}
+    assert read == [len(distinct)] * 2 and len(distinct) < 0.7 * sum(map(len, rows))
+    for b, (row, start) in enumerate(zip(rows, rollout.prompt_lengths.tolist(), strict=True)):
+        logp, ref_logp = (
+            (model.hidden(each, torch.tensor([row]))[0] @ model.unembedding(each).T).double().log_softmax(-1)
+            for each in (params, reference)
+        )
+        exact = (logp.exp() * (logp - ref_logp)).sum(-1)[start - 1 : -1].sum()
+        assert float(packed[b]) == pytest.approx(float(exact), rel=1e-4)
 
 
 def test_logits_are_held_for_few_tokens_where_the_vocabulary_is_large(

@@ -30,8 +30,9 @@ from minirlhf.rollout.footprint import footprint
 from minirlhf.rollout.sampler import generate
 from minirlhf.training import plan_table, preference, sft
 from minirlhf.training.live_memory import _Counter, live_memory, without_gradient
-from minirlhf.training.memory_plan import Entry, Phase, Plan, bytes_of, learner
+from minirlhf.training.memory_plan import Entry, Phase, Plan, bytes_of
 from minirlhf.training.packed import PackedRows
+from minirlhf.training.plan_phases import learner
 from minirlhf.training.plan_table import announce, table_of
 from minirlhf.training.samples import sample_watcher
 from minirlhf.training.setting import ReadingConfig, Setting
