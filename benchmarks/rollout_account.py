@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from workloads import Workload
 
 from minirlhf.kernels import cpu
+from minirlhf.models import gpt2
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.rollout import engine, weights
@@ -62,7 +63,7 @@ def _wrapped(kind: weights.Weights) -> dict[tuple[Any, str], str]:
         products: "products",
         (cpu.Reads, "attend"): "attention",
         (engine, "drawn"): "law, draw, log-probs",
-        (torch.nn.functional, "gelu"): "gelu",
+        (gpt2, "gelu_tanh"): "gelu",
         (torch.nn.functional, "layer_norm"): "norms",
     }
 

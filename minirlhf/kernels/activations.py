@@ -25,7 +25,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or x.numel() < _SMALLEST or not _by_kernel(x):
         return F.gelu(x, approximate="tanh")
-    return _Gelu.apply(x)
+    return cpu.gelu(x) if cpu.bare(x) else _Gelu.apply(x)
 
 
 def _by_kernel(x: Tensor) -> bool:

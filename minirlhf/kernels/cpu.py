@@ -40,6 +40,12 @@ def available() -> bool:
     return _library() is not None
 
 
+def bare(x: Tensor) -> bool:
+    """Whether this is numbers in memory that nobody differentiates, maps or traces: no rules are needed."""
+    plain = type(x) is Tensor and not torch.is_grad_enabled()
+    return plain and torch._C._functorch.peek_interpreter_stack() is None
+
+
 class Layout(NamedTuple):
     """How a packed matrix lies in memory, and what multiplies by it.
 

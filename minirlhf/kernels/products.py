@@ -59,7 +59,7 @@ def _ours(x: Tensor, w: Tensor) -> bool:
 
 
 def _differentiable(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return _Product.apply(x, w, bias)
+    return cpu.matmul(x, w, bias=bias) if cpu.bare(x) else _Product.apply(x, w, bias)
 
 
 class _Product(torch.autograd.Function):
