@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
 from minirlhf.kernels import passes
@@ -59,12 +60,12 @@ def _whole(
 
 
 def _rows(mask: Tensor) -> int:
-    """Positions under the mask; all of them where nobody can count: under vmap, for a compiler or on fakes."""
+    """Positions under the mask; all of them where nobody can count: under vmap, for a compiler, on fakes."""
     inside = mask
-    while torch._C._functorch.is_functorch_wrapped_tensor(inside):
-        if torch._C._functorch.is_batchedtensor(inside):
+    while is_functorch_wrapped_tensor(inside):
+        if is_batchedtensor(inside):
             return mask.shape[0]
-        inside = torch._C._functorch.get_unwrapped(inside)
+        inside = get_unwrapped(inside)
     if torch.compiler.is_compiling() or detect_fake_mode([inside]) is not None or inside.is_meta:
         return mask.shape[0]
     return int(inside.sum())

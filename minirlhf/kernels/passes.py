@@ -33,7 +33,7 @@ def forward_pass(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, lse, is a most probable one [M], logits [keep, V], those of the mask's positions first).
+    """(logp, entropy, lse, is a most probable one [M], logits [keep, V], first the positions of the mask).
 
     Args:
         keep: room for the logits of so many positions, of all under the mask; 0: they are not kept.

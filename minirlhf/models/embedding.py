@@ -3,9 +3,9 @@
     x = E[tokens]        ∂/∂E = Σ over positions of the gradient by x, in the row of the position's token
 
 The gradient is [V, D] all the same, and almost all of it is zeros that nobody writes. On the CPU it lies in
-pages that are new to the process, which the system backs by one page of zeros until they are written to. Where
-embedding and unembedding are tied, theirs is the largest gradient of a small model, and it is added to the
-unembedding's when all other gradients are there.
+pages that are new to the process, which the system backs by one page of zeros until they are written to.
+Where embedding and unembedding are tied, theirs is the largest gradient of a small model, and it is added to
+the unembedding's when all other gradients are there.
 """
 
 import mmap

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minirlhf.models.embedding import embedded
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
-from minirlhf.models.lean import linear_of
+from minirlhf.models.lean import LinearOf, linear_of, made_once
 from minirlhf.runs import InputError
 
 
@@ -101,14 +101,14 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> Tenso
 _gelu = partial(F.gelu, approximate="tanh")
 
 
-def _linear_of_norm(norm: Params, linear: Params, x: Tensor, config: GPT2Config) -> Tensor:
+def _linear_of_norm(norm: Params, linear: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> Tensor:
     make = partial(_normed, epsilon=config.layer_norm_epsilon)
-    return linear_of(make, (x, norm["weight"], norm["bias"]), linear["weight"], linear["bias"])
+    return of(make, (x, norm["weight"], norm["bias"]), linear["weight"], linear["bias"])
 
 
-def _heads(block: Params, x: Tensor, config: GPT2Config) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(block: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, width = x.shape
-    qkv = _linear_of_norm(block["ln_1"], block["attn"]["c_attn"], x, config)
+    qkv = _linear_of_norm(block["ln_1"], block["attn"]["c_attn"], x, config, of)
     qkv = qkv.view(batch, time, 3, config.n_head, width // config.n_head)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, Dh]
     return q, k, v
@@ -119,15 +119,17 @@ def _merge(params: Params, attended: Tensor) -> Tensor:
     return _linear(params["c_proj"], attended.transpose(1, 2).reshape(batch, time, heads * head_width))
 
 
-def _mlp(block: Params, x: Tensor, config: GPT2Config) -> Tensor:
-    inner, out = _linear_of_norm(block["ln_2"], block["mlp"]["c_fc"], x, config), block["mlp"]["c_proj"]
-    return linear_of(_gelu, (inner,), out["weight"], out["bias"])
+def _mlp(block: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> Tensor:
+    inner, out = _linear_of_norm(block["ln_2"], block["mlp"]["c_fc"], x, config, of), block["mlp"]["c_proj"]
+    return of(_gelu, (inner,), out["weight"], out["bias"])
 
 
-def _block(params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config) -> Tensor:
-    q, k, v = _heads(params, x, config)
+def _block(
+    params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config, of: LinearOf
+) -> Tensor:
+    q, k, v = _heads(params, x, config, of)
     x = x + _merge(params["attn"], attend(layer, q, k, v, scale=None, window=None))
-    return x + _mlp(params, x, config)
+    return x + _mlp(params, x, config, of)
 
 
 def states(
@@ -144,7 +146,7 @@ def states(
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
     x = embedded(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
-    of_config = partial(_block, config=config)
+    of_config = partial(_block, config=config, of=linear_of if run is directly else made_once)
     for layer, block in enumerate(params["h"]):
         x = run(of_config, block, x, attend, layer)
     return _normed(x, params["ln_f"]["weight"], params["ln_f"]["bias"], epsilon=config.layer_norm_epsilon)

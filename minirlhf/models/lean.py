@@ -16,6 +16,9 @@ from torch import Tensor
 
 from minirlhf.models.stand_in import StandIn
 
+LinearOf = Callable[[Callable[..., Tensor], tuple[Tensor, ...], Any, Tensor], Tensor]
+"""`linear_of`, or `made_once`."""
+
 
 def linear_of(make: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: Any, bias: Tensor) -> Tensor:
     """make(*inputs) [..., in] times a weight [in, out], plus bias [out]: [..., out].
@@ -25,12 +28,13 @@ def linear_of(make: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: A
         inputs: differentiable, all of them.
         weight: a `StandIn` multiplies as it does, and keeps what it keeps.
     """
-    plain = isinstance(weight, StandIn) or torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    work = _product if plain else _LinearOf.apply
-    return work(make, weight, bias, *inputs)
+    if isinstance(weight, StandIn) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return made_once(make, inputs, weight, bias)
+    return _LinearOf.apply(make, weight, bias, *inputs)
 
 
-def _product(make: Callable[..., Tensor], weight: Any, bias: Tensor, *inputs: Tensor) -> Tensor:
+def made_once(make: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: Any, bias: Tensor) -> Tensor:
+    """`linear_of` by torch's own operations: for a block that runs again as a whole."""
     x = make(*inputs)
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
@@ -40,7 +44,7 @@ class _LinearOf(torch.autograd.Function):
 
     @staticmethod
     def forward(make: Callable[..., Tensor], weight: Tensor, bias: Tensor, *inputs: Tensor) -> Tensor:
-        return _product(make, weight, bias, *inputs)
+        return made_once(make, inputs, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,10 +1,10 @@
 """An allocator for torch's large tensors on the CPU, in the place of malloc: `native/arena.cpp`.
 
 torch asks malloc for aligned memory, and glibc looks for it in holes that are larger by the alignment: a hole
-that a tensor left never serves the next one of its size. A DPO step of GPT-2 124M whose tensors take 2.2 GB at
-most peaked at 2.8 to 3.2 GB so. The arena fits blocks as they are: 2.2 GB, in the same time or less. What is
-freed stays with the process, in huge pages, for the next step; a page that is new to a process costs several
-times what writing it does.
+that a tensor left never serves the next one of its size. A DPO step of GPT-2 124M whose tensors take 2.2 GB
+at most peaked at 2.8 to 3.2 GB so. The arena fits blocks as they are: 2.2 GB, in the same time or less. What
+is freed stays with the process, in huge pages, for the next step; a page that is new to a process costs
+several times what writing it does.
 
 It is compiled on first use, in seconds, against the headers that torch brings, and kept.
 """
