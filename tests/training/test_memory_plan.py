@@ -109,7 +109,8 @@ def test_a_gradients_activations_are_what_autograd_saves() -> None:
     work = partial(gradient, loss=partial(sft.loss, model=model))
     live = live_memory(work, params, [batch], torch.tensor(1.0), device=CPU)
     saved = saved_by_autograd(model, params, batch)
-    assert saved < live.passing < 1.1 * saved  # and what one operator of the backward pass makes
+    # And what one operator of the backward pass makes: of a linear layer also its input, made again.
+    assert saved < live.passing < 1.2 * saved
     assert live.kept == pytest.approx(bytes_of(params), rel=0.02)  # and two metrics
 
 
