@@ -19,7 +19,7 @@ from train_ours import Took, begin, most
 from train_work import PAD, Work, demonstrations_of, pairs_of, prompts_of
 
 from minirlhf.data.records import Example
-from minirlhf.runs import keep_freed_memory
+from minirlhf.runs import tell_malloc
 
 
 class Setting(NamedTuple):
@@ -50,7 +50,7 @@ def measure(work: Work, stage: str, setting: Setting, ppo_folder: str | None) ->
         ppo_folder: where a TRL that still has `PPOTrainer` lies; None for the installed one.
     """
     if setting.keep:
-        keep_freed_memory()
+        tell_malloc()
     if stage == "PPO" and ppo_folder is not None:
         sys.path.insert(0, ppo_folder)
     return STAGES[stage](work, setting)

@@ -9,8 +9,8 @@ import pytest
 # Page faults of the third of three equal rounds of blocks, as a training step's activations are.
 _FAULTS = """
 import resource, sys
-from minirlhf.runs import keep_freed_memory
-print(keep_freed_memory() if sys.argv[1] == "kept" else None)
+from minirlhf.runs import keep_freed_memory, tell_malloc
+print({"kept": keep_freed_memory, "told": tell_malloc, "as it is": lambda: None}[sys.argv[1]]())
 import torch
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -38,14 +38,21 @@ def _glibc() -> bool:
 
 
 @pytest.mark.skipif(not _glibc(), reason="the allocator is not glibc's")
-def test_a_round_of_blocks_that_was_freed_costs_the_next_one_hardly_a_page_fault() -> None:
-    said, kept = _run("kept")
+@pytest.mark.parametrize("mode", ["kept", "told"])
+def test_a_round_of_blocks_that_was_freed_costs_the_next_one_hardly_a_page_fault(mode: str) -> None:
+    said, kept = _run(mode)
     _, mapped = _run("as it is")
-    assert said == "True"
+    assert said in {"kept": ("arena", "malloc"), "told": ("True",)}[mode]
     assert kept < mapped / 3, (kept, mapped)
+
+
+@pytest.mark.skipif(not _glibc(), reason="the allocator is not glibc's")
+def test_where_nothing_is_compiled_malloc_keeps_what_is_freed() -> None:
+    assert _run("kept", MINIRLHF_KERNELS="0")[0] == "malloc"
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_an_environment_that_sets_malloc_is_left_alone(name: str) -> None:
-    said, _ = _run("kept", **{name: "131072" if name.startswith("MALLOC") else "glibc.malloc.hugetlb=0"})
-    assert said == "False"
+    value = "131072" if name.startswith("MALLOC") else "glibc.malloc.hugetlb=0"
+    assert _run("kept", **{name: value})[0] == "None"
+    assert _run("told", **{name: value})[0] == "False"

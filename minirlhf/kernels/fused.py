@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 from minirlhf.kernels import passes
 from minirlhf.kernels.passes import fits, log_prob_plain, wide_type
@@ -51,9 +53,22 @@ _known_to_compiler = False
 def _whole(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keep = torch.is_grad_enabled() and fits(states, unembedding)  # for a backward pass
+    rows = _rows(mask) if torch.is_grad_enabled() else 0  # whose logits may be kept for a backward pass
+    keep = rows if fits(rows, unembedding, wide_type(states, unembedding)) else 0
     logp, entropies, _, best, _ = _LogProb.apply(states, unembedding, ids, mask, temperature, entropy, keep)
     return logp, entropies, best
+
+
+def _rows(mask: Tensor) -> int:
+    """Positions under the mask; all of them where nobody can count: under vmap, for a compiler, on fakes."""
+    inside = mask
+    while is_functorch_wrapped_tensor(inside):
+        if is_batchedtensor(inside):
+            return mask.shape[0]
+        inside = get_unwrapped(inside)
+    if torch.compiler.is_compiling() or detect_fake_mode([inside]) is not None or inside.is_meta:
+        return mask.shape[0]
+    return int(inside.sum())
 
 
 class _LogProb(torch.autograd.Function):
@@ -136,13 +151,13 @@ def _one_after_the_other(
 
 def _log_prob_shapes(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = wide_type(states, unembedding)
-    count, vocabulary = states.shape[0], unembedding.shape[0]  # not len(): see passes.fits
+    count, vocabulary = states.shape[0], unembedding.shape[0]  # not len(), which a compiler would fix
     logp, entropies, lse = (states.new_empty(count, dtype=wide) for _ in range(3))
     best = states.new_empty(count, dtype=torch.bool)
-    return logp, entropies, lse, best, states.new_empty((count if keep else 0, vocabulary), dtype=wide)
+    return logp, entropies, lse, best, states.new_empty((keep, vocabulary), dtype=wide)
 
 
 def _log_prob_gradient_shapes(

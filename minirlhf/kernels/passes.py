@@ -23,15 +23,21 @@ KEPT = 2**28
 PIECE = 2**25
 """Bytes of logits at a time, otherwise."""
 
+COPIED = 2**23
+"""Bytes of kept logits that are copied at a time, to be overwritten by their gradient."""
+
 _NARROWEST = 256  # tokens of a piece, however many rows: below, products are slow
 _COMPILED = 2**22  # logits of a piece from which a compiled body is worth compiling, where no kernel is
 
 
 def forward_pass(
     states: Tensor, unembedding: Tensor, ids: Tensor, mask: Tensor, temperature: float, entropy: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, lse, is a most probable one [M], logits [M, V] if they are to be kept, else [0, V]).
+    """(logp, entropy, lse, is a most probable one [M], logits [keep, V], first the positions of the mask).
+
+    Args:
+        keep: room for the logits of so many positions, of all under the mask; 0: they are not kept.
 
     Raises:
         IndexError: an id under the mask is outside the vocabulary.
@@ -39,7 +45,7 @@ def forward_pass(
     index, rows = _selected(states, mask, wide_type(states, unembedding))
     rows, chosen_ids = rows / temperature if temperature != 1 else rows, ids[index]
     _check_ids(chosen_ids, len(unembedding))
-    kept = rows.new_empty((len(states) if keep else 0, len(unembedding)))
+    kept = rows.new_empty((keep, len(unembedding)))
     most, total, weighted = rows.new_full((len(rows),), -torch.inf), *rows.new_zeros(2, len(rows))
     chosen = rows.new_zeros(len(rows))
     for first, logits in _pieces(rows, unembedding, kept):
@@ -98,10 +104,9 @@ def log_prob_plain(
     return torch.where(mask, chosen, 0.0), torch.where(mask, entropies, 0.0), best
 
 
-def fits(states: Tensor, unembedding: Tensor) -> bool:
-    """Whether the logits of all positions take no more than `KEPT` bytes."""
-    # Not len(): in a compiled step the number of positions is a symbol, which len() would fix.
-    return states.shape[0] * unembedding.shape[0] * wide_type(states, unembedding).itemsize <= KEPT
+def fits(rows: int, unembedding: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the logits of so many positions take no more than `KEPT` bytes."""
+    return rows * unembedding.shape[0] * dtype.itemsize <= KEPT
 
 
 def wide_type(states: Tensor, unembedding: Tensor) -> torch.dtype:
@@ -131,7 +136,8 @@ def _pieces(
     if len(kept) and not again:
         yield 0, mm(rows, unembedding.to(rows.dtype).T, out=kept[:count])
         return
-    width = min(vocabulary, max(_NARROWEST, PIECE // (rows.element_size() * max(count, 1))))
+    most = COPIED if len(kept) else PIECE
+    width = min(vocabulary, max(_NARROWEST, most // (rows.element_size() * max(count, 1))))
     room = rows.new_empty(count * width)
     for first in range(0, vocabulary, width):
         wide = min(width, vocabulary - first)

@@ -1,6 +1,6 @@
 """The products of linear layers, by the processor's tiles where these are faster than torch's own.
 
-`linear` and `addmm` are torch's functions of the same names, and call them wherever `cpu.multiplies` says no:
+`linear`, `addmm` and `matmul` are torch's functions of the same names, and call them wherever `cpu.multiplies` says no:
 another device, in another type, for small sizes, or for a weight that answers for itself. A product is an
 operator, so that a compiler sees one node, and its derivatives are products again:
 
@@ -30,6 +30,11 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(weight, Tensor) and _ours(x, weight):
         return _differentiable(x, weight, bias)
     return torch.addmm(bias, x, weight)
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x [N, in] times w [in, out]: [N, out]."""
+    return _differentiable(x, w, None) if _ours(x, w) else x @ w
 
 
 def mm(x: Tensor, w: Tensor, *, out: Tensor) -> Tensor:

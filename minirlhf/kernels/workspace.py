@@ -1,7 +1,8 @@
 """Bytes that the fused log-prob holds while one of its passes runs, and neither takes nor returns.
 
 Positions under the mask are dropped before anything is allocated. How many those are is not known from
-shapes, so all positions are counted: of a batch that is mostly prompts this is too much by N D numbers.
+shapes, so all positions are counted: of a batch that is mostly prompts this is too much by N D numbers, and
+where logits are kept by as many rows of these.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def workspace(operator: Any, arguments: tuple[Any, ...]) -> int:
     >>> states, matrix = torch.empty(8, 4, device="meta"), torch.empty(10, 4, device="meta")
     >>> ids, mask = torch.empty(8, dtype=torch.int64), torch.empty(8, dtype=torch.bool)
     >>> forward = torch.ops.minirlhf.log_prob.default
-    >>> workspace(forward, (states, matrix, ids, mask, 1.0, True, False)) >= 8 * 10 * 4
+    >>> workspace(forward, (states, matrix, ids, mask, 1.0, True, 0)) >= 8 * 10 * 4
     True
     >>> workspace(torch.ops.aten.mm.default, (states, matrix.T))
     0
@@ -34,12 +35,13 @@ def workspace(operator: Any, arguments: tuple[Any, ...]) -> int:
         plain = 0 if _by_kernel(states, matrix) else _PLAIN_FORWARD
         if keep:  # the logits are returned, and gone over as a whole
             return _rows(states, matrix) + plain * _whole(states, matrix) + _widened(matrix, len(matrix))
-        width = _width(states, matrix)
-        return _rows(states, matrix) + (1 + plain) * _piece(states, matrix) + _widened(matrix, width)
+        width = _width(states, matrix, passes.PIECE)
+        return _rows(states, matrix) + (1 + plain) * _piece(states, matrix, width) + _widened(matrix, width)
     if name == _BACKWARD:
-        states, matrix, *_, by_matrix = arguments
+        states, matrix, _, _, _, _, kept, *_, by_matrix = arguments
+        width = _width(states, matrix, passes.COPIED if len(kept) else passes.PIECE)
         plain = 0 if _by_kernel(states, matrix) else _PLAIN_BACKWARD
-        pieces = (1 + plain) * _piece(states, matrix) + _widened(matrix, _width(states, matrix))
+        pieces = (1 + plain) * _piece(states, matrix, width) + _widened(matrix, width)
         whole = _widened(matrix, len(matrix)) if by_matrix else 0
         # Afterwards: the states, their gradient before it is put in place, and one product of the two's size.
         return whole + max(_rows(states, matrix) + pieces, 3 * _rows(states, matrix))
@@ -54,13 +56,13 @@ def _whole(states: Tensor, matrix: Tensor) -> int:
     return len(states) * len(matrix) * passes.wide_type(states, matrix).itemsize
 
 
-def _width(states: Tensor, matrix: Tensor) -> int:
+def _width(states: Tensor, matrix: Tensor, most: int) -> int:
     row = len(states) * passes.wide_type(states, matrix).itemsize
-    return min(len(matrix), max(passes._NARROWEST, passes.PIECE // max(row, 1)))
+    return min(len(matrix), max(passes._NARROWEST, most // max(row, 1)))
 
 
-def _piece(states: Tensor, matrix: Tensor) -> int:
-    return len(states) * _width(states, matrix) * passes.wide_type(states, matrix).itemsize
+def _piece(states: Tensor, matrix: Tensor, width: int) -> int:
+    return len(states) * width * passes.wide_type(states, matrix).itemsize
 
 
 def _widened(matrix: Tensor, tokens: int) -> int:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from minirlhf.kernels import products
 from minirlhf.kernels.activations import gelu_tanh
+from minirlhf.models.embedding import embedded
 from minirlhf.models.interface import Attend, CacheShape, LanguageModel, Params, RunBlock, directly
+from minirlhf.models.lean import LinearOf, linear_of, made_once
 from minirlhf.runs import InputError
 
 
@@ -94,13 +96,19 @@ def _linear(params: Params, x: Tensor) -> Tensor:
     return products.addmm(params["bias"], x.reshape(-1, weight.shape[0]), weight).view(*x.shape[:-1], -1)
 
 
-def _norm(params: Params, x: Tensor, config: GPT2Config) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], params["weight"], params["bias"], config.layer_norm_epsilon)
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
-def _heads(params: Params, x: Tensor, config: GPT2Config) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_of_norm(norm: Params, linear: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> Tensor:
+    make = partial(_normed, epsilon=config.layer_norm_epsilon)
+    return of(make, (x, norm["weight"], norm["bias"]), linear["weight"], linear["bias"])
+
+
+def _heads(block: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, width = x.shape
-    qkv = _linear(params["c_attn"], x).view(batch, time, 3, config.n_head, width // config.n_head)
+    qkv = _linear_of_norm(block["ln_1"], block["attn"]["c_attn"], x, config, of)
+    qkv = qkv.view(batch, time, 3, config.n_head, width // config.n_head)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, Dh]
     return q, k, v
 
@@ -110,14 +118,17 @@ def _merge(params: Params, attended: Tensor) -> Tensor:
     return _linear(params["c_proj"], attended.transpose(1, 2).reshape(batch, time, heads * head_width))
 
 
-def _mlp(params: Params, x: Tensor) -> Tensor:
-    return _linear(params["c_proj"], gelu_tanh(_linear(params["c_fc"], x)))
+def _mlp(block: Params, x: Tensor, config: GPT2Config, of: LinearOf) -> Tensor:
+    inner, out = _linear_of_norm(block["ln_2"], block["mlp"]["c_fc"], x, config, of), block["mlp"]["c_proj"]
+    return of(gelu_tanh, (inner,), out["weight"], out["bias"])
 
 
-def _block(params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config) -> Tensor:
-    q, k, v = _heads(params["attn"], _norm(params["ln_1"], x, config), config)
+def _block(
+    params: Params, x: Tensor, attend: Attend, layer: int, *, config: GPT2Config, of: LinearOf
+) -> Tensor:
+    q, k, v = _heads(params, x, config, of)
     x = x + _merge(params["attn"], attend(layer, q, k, v, scale=None, window=None))
-    return x + _mlp(params["mlp"], _norm(params["ln_2"], x, config))
+    return x + _mlp(params, x, config, of)
 
 
 def states(
@@ -133,11 +144,11 @@ def states(
 
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    x = F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
-    of_config = partial(_block, config=config)
+    x = embedded(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    of_config = partial(_block, config=config, of=linear_of if run is directly else made_once)
     for layer, block in enumerate(params["h"]):
         x = run(of_config, block, x, attend, layer)
-    return _norm(params["ln_f"], x, config)
+    return _normed(x, params["ln_f"]["weight"], params["ln_f"]["bias"], epsilon=config.layer_norm_epsilon)
 
 
 def unembedding(params: Params) -> Tensor:

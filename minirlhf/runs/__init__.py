@@ -9,7 +9,7 @@ Each file or directory appears whole or not at all. Nothing here knows what the 
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf.runs.allocator import keep_freed_memory
+from minirlhf.runs.allocator import keep_freed_memory, tell_malloc
 from minirlhf.runs.config import dump_config, load_config
 from minirlhf.runs.files import InputError, atomic_directory, sha256_of, write_json_atomic, write_text_atomic
 from minirlhf.runs.manifest import manifest
@@ -26,6 +26,7 @@ __all__ = [
     "manifest",
     "read_metrics",
     "sha256_of",
+    "tell_malloc",
     "write_json_atomic",
     "write_text_atomic",
 ]

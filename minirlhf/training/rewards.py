@@ -77,7 +77,7 @@ def raw_score(
     model: LanguageModel, params: Params, tokens: Tensor, lengths: Tensor, packing: Packing | None = None
 ) -> Tensor:
     """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
-    row = torch.arange(tokens.shape[0], device=tokens.device)  # not len(): see kernels.passes.fits
+    row = torch.arange(tokens.shape[0], device=tokens.device)  # not len(), which a compiler would fix
     return scalar(params, hidden(model, params, tokens, packing)[row, lengths - 1])
 
 

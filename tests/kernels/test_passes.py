@@ -42,8 +42,9 @@ def test_logits_of_up_to_256_mib_are_kept_in_the_type_they_are_computed_in(
     vocabulary = 2**10
     most = 256 * 2**20 // (bytes_each * vocabulary)
     matrix = unreal(vocabulary, 1, dtype=unembedding)
-    assert passes.fits(unreal(most, 1, dtype=states), matrix)
-    assert not passes.fits(unreal(most + 1, 1, dtype=states), matrix)
+    dtype = passes.wide_type(unreal(1, 1, dtype=states), matrix)
+    assert passes.fits(most, matrix, dtype)
+    assert not passes.fits(most + 1, matrix, dtype)
 
 
 def test_a_piece_has_32_mib_of_logits() -> None:
@@ -83,7 +84,7 @@ def test_a_gradient_that_is_not_wanted_is_empty_and_one_that_is_has_the_type_of_
     ids, mask = torch.tensor([0, 3]), torch.tensor([True, True])
     for by_states in (True, False):
         for by_matrix in (True, False):
-            _, entropy, lse, _, kept = passes.forward_pass(states, unembedding, ids, mask, 1.0, True, False)
+            _, entropy, lse, _, kept = passes.forward_pass(states, unembedding, ids, mask, 1.0, True, 0)
             found = states, unembedding, ids, mask, entropy, lse, kept, torch.ones(2), torch.ones(2), 1.0
             got = passes.backward_pass(*found, by_states, by_matrix)
             assert [each.shape for each in got] == [

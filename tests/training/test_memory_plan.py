@@ -110,7 +110,8 @@ def test_a_gradients_activations_are_what_autograd_saves() -> None:
     work = partial(gradient, loss=partial(sft.loss, model=model))
     live = live_memory(work, params, [batch], torch.tensor(1.0), device=CPU)
     saved = saved_by_autograd(model, params, batch)
-    assert saved < live.passing < 1.1 * saved  # and what one operator of the backward pass makes
+    # And what one operator of the backward pass makes: of a linear layer also its input, made again.
+    assert saved < live.passing < 1.2 * saved
     assert live.kept == pytest.approx(bytes_of(params), rel=0.02)  # and two metrics
 
 
@@ -134,10 +135,10 @@ def test_every_family_can_be_planned_without_a_number_being_computed(case: Case)
     assert live.passing > 0
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [200, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_log_probs_workspace_is_what_its_passes_hold(
-    keep: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    keep: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "PIECE", 4 * 200 * 300)  # 300 of 2,000 tokens at a time
     states, matrix = torch.randn(200, 32).to(dtype), torch.randn(2000, 32).to(dtype)
