@@ -1,21 +1,8 @@
-"""The kernels in `native/` as functions of tensors; they are compiled on first use, in seconds, and kept.
-
-Needs a C++ compiler (`CXX`, or `c++`). Where there is none, `available()` is False, says why once, and
-callers use torch's own operations. `MINIRLHF_KERNELS=0` asks for that.
-"""
+"""The kernels in `native/` as functions of tensors; see `kernels.library`."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,21 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SOURCES = sorted(Path(__file__).with_name("native").iterdir())
-_COMPILE = (
-    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu++17",
-)  # fmt: skip
+from minirlhf.kernels.library import available, built
 
 # Sizes from which `matmul` is faster than torch's product, two cores (Xeon with AMX).
 _FEWEST, _SMALLEST = 64, 2**25
 
 _Ints = NDArray[np.int64]
 _long, _pointer = ctypes.c_long, ctypes.c_void_p
-
-
-def available() -> bool:
-    """Whether the kernels can be used on this machine; builds them if need be."""
-    return _library() is not None
 
 
 def bare(x: Tensor) -> bool:
@@ -59,7 +38,7 @@ class Layout(NamedTuple):
 
 def layouts() -> dict[str, Layout]:
     """Those that this processor has, the best one last: "vectors", and "tiles" (AMX)."""
-    library = _built()
+    library = built()
     found = {"vectors": Layout(lambda depth: depth, library.pack, library.product)}
     if library.has_tiles():
         found["tiles"] = Layout(library.tiles_depth, library.pack_tiles, library.product_tiles)
@@ -74,7 +53,7 @@ def best_layout() -> Layout:
 
 def packed_size(depth: int, width: int, layout: Layout | None = None) -> int:
     """Entries that a packed matrix [depth, width] takes."""
-    panel = _built().panel()
+    panel = built().panel()
     return -(-width // panel) * (layout or best_layout()).depth(depth) * panel
 
 
@@ -164,7 +143,7 @@ def matmul(
         )
     x, w = (each if 1 in each.stride() else each.contiguous() for each in (x, w))
     bias = bias if bias is None else bias.contiguous()
-    _built().matmul_tiles(
+    built().matmul_tiles(
         x.data_ptr(), *x.stride(), w.data_ptr(), w.stride(1), w.stride(0), rows, depth, columns,
         None if bias is None else bias.data_ptr(), more, out.data_ptr(), out.stride(0),
     )  # fmt: skip
@@ -173,7 +152,7 @@ def matmul(
 
 @functools.cache
 def _has_tiles() -> bool:
-    return available() and bool(_built().has_tiles())
+    return available() and bool(built().has_tiles())
 
 
 def draw(law_logp: Tensor, uniform: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
@@ -182,7 +161,7 @@ def draw(law_logp: Tensor, uniform: Tensor, boundary: float) -> tuple[Tensor, Te
     token = torch.empty(len(law_logp), dtype=torch.int64)
     near = torch.empty(len(law_logp), dtype=torch.bool)
     pointers = uniform.data_ptr(), boundary, token.data_ptr(), near.data_ptr()
-    _built().draw(law_logp.data_ptr(), *law_logp.shape, *pointers)
+    built().draw(law_logp.data_ptr(), *law_logp.shape, *pointers)
     return token, near
 
 
@@ -199,7 +178,7 @@ def draw_tempered(
     logp, law_logp = torch.empty(size), torch.empty(size)
     pointers = (each.data_ptr() for each in (token, near, logp, law_logp))
     given = temperature, uniform.data_ptr(), boundary
-    _built().draw_tempered(logits.data_ptr(), *logits.shape, *given, *pointers)
+    built().draw_tempered(logits.data_ptr(), *logits.shape, *given, *pointers)
     return token, near, logp, law_logp
 
 
@@ -207,14 +186,14 @@ def logsumexp(logits: Tensor) -> Tensor:
     """log Σ_v e^(z_v) of each row of fp32 [B, V] on the CPU; no -inf throughout a row, no +inf, no NaN."""
     logits = logits.contiguous()
     out = torch.empty(len(logits))
-    _built().logsumexp(logits.data_ptr(), *logits.shape, out.data_ptr())
+    built().logsumexp(logits.data_ptr(), *logits.shape, out.data_ptr())
     return out
 
 
 def absorb(logits: Tensor, most: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of an online softmax [N] over one more piece of logits [N, w]; see native/logprob.cpp."""
     sums = most.clone(), total.clone(), weighted.clone()
-    _built().absorb(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in sums))
+    built().absorb(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in sums))
     return sums
 
 
@@ -223,21 +202,21 @@ def to_gradient(
 ) -> Tensor:
     """Overwrites logits [N, w] by a gradient; see native/logprob.cpp."""
     given = [each.contiguous() for each in (lse, by_logp, by_entropy, entropies)]
-    _built().to_gradient(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in given))
+    built().to_gradient(logits.data_ptr(), *logits.shape, *(each.data_ptr() for each in given))
     return logits
 
 
 def gelu(x: Tensor) -> Tensor:
     """gelu in its tanh form of fp32 on the CPU."""
     x, out = x.contiguous(), torch.empty(x.shape)
-    _built().gelu(x.data_ptr(), x.numel(), out.data_ptr())
+    built().gelu(x.data_ptr(), x.numel(), out.data_ptr())
     return out
 
 
 def gelu_gradient(by_y: Tensor, x: Tensor) -> Tensor:
     """by_y times gelu's derivative at x."""
     by_y, x, out = by_y.contiguous(), x.contiguous(), torch.empty(x.shape)
-    _built().gelu_gradient(by_y.data_ptr(), x.data_ptr(), x.numel(), out.data_ptr())
+    built().gelu_gradient(by_y.data_ptr(), x.data_ptr(), x.numel(), out.data_ptr())
     return out
 
 
@@ -275,7 +254,7 @@ class Reads:
             self._strides = (_long * 6)(*(stride for each in form[1:] for stride in each[:2]))
         table = _pointer * len(keys)
         out = torch.empty(form[0])
-        _built().attend(
+        built().attend(
             ctypes.byref(self._layout), table(*(each.data_ptr() for each in keys)),
             table(*(each.data_ptr() for each in values)), q.data_ptr(), k.data_ptr(), v.data_ptr(),
             self._strides, q.shape[-1] ** -0.5 if scale is None else scale, window or 0, out.data_ptr(),
@@ -287,88 +266,3 @@ class _Reads(ctypes.Structure):
     _fields_ = [(name, _long) for name in ("rows", "heads", "group", "size", "page", "own")] + [
         (name, _pointer) for name in ("first", "arena", "at", "start", "position", "into")
     ]
-
-
-def _built() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the CPU kernels are not available; ask available() first")
-    return library
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("MINIRLHF_KERNELS") == "0":
-        return None
-    if ctypes.sizeof(_long) != 8:
-        return _without("a C long has less than 64 bits here")
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except subprocess.CalledProcessError as error:
-        return _without(f"{' '.join(error.cmd[:1])} said: {error.stderr.strip()[-400:]}")
-    except OSError as error:
-        return _without(str(error))
-    library.panel.restype = _long
-    library.pack.argtypes = [_pointer, _long, _long, _long, _long, _pointer]
-    library.product.argtypes = [_pointer, _long, _long, _pointer, _long, _pointer, _pointer]
-    if library.has_tiles():
-        library.tiles_depth.restype, library.tiles_depth.argtypes = _long, [_long]
-        library.pack_tiles.argtypes, library.product_tiles.argtypes = (
-            library.pack.argtypes, library.product.argtypes,
-        )  # fmt: skip
-        matrix = [_pointer, _long, _long]
-        rest = [_long] * 3 + [_pointer, ctypes.c_int, _pointer, _long]
-        library.matmul_tiles.argtypes = matrix + matrix + rest
-    library.draw.argtypes = [_pointer, _long, _long, _pointer, ctypes.c_double, _pointer, _pointer]
-    library.draw_tempered.argtypes = [
-        _pointer, _long, _long, ctypes.c_float, _pointer, ctypes.c_double, *[_pointer] * 4
-    ]  # fmt: skip
-    library.logsumexp.argtypes = [_pointer, _long, _long, _pointer]
-    library.absorb.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer]
-    library.to_gradient.argtypes = [_pointer, _long, _long, _pointer, _pointer, _pointer, _pointer]
-    library.gelu.argtypes = [_pointer, _long, _pointer]
-    library.gelu_gradient.argtypes = [_pointer, _pointer, _long, _pointer]
-    library.attend.argtypes = [_pointer] * 7 + [ctypes.c_float, _long, _pointer]
-    return library
-
-
-def _without(why: str) -> None:
-    warnings.warn(
-        "sampling uses torch's products, about 1.5 times slower, since the kernels could not be built"
-        f": {why}. Install a C++ compiler, or set MINIRLHF_KERNELS=0",
-        stacklevel=2,
-    )
-
-
-def _build() -> Path:
-    """The shared library for these sources, this compiler and processor, made if it is not there yet."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C++ compiler {compiler[0]!r}")
-    recipe = [*compiler, *_COMPILE, platform.machine(), platform.processor(), _processor_flags()]
-    key = hashlib.sha256("\n".join([*recipe, *(each.read_text() for each in _SOURCES)]).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minirlhf"
-    target = folder / f"cpu-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        objects = [f"{source.stem}.o" for source in _SOURCES if source.suffix == ".cpp"]
-        steps = [
-            [*compiler, *_COMPILE, "-c", *(str(each) for each in _SOURCES if each.suffix == ".cpp")],
-            # Without an OpenMP of its own: it takes the one torch has loaded, and so torch's threads.
-            [*compiler, "-shared", *objects, "-o", target.name],
-        ]
-        for step in steps:
-            subprocess.run(step, cwd=room, capture_output=True, text=True, check=True)
-        (Path(room) / target.name).replace(target)
-    return target
-
-
-def _processor_flags() -> str:
-    """What the compiler's -march=native depends on; one home may serve several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

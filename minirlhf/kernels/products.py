@@ -1,8 +1,8 @@
 """The products of linear layers, by the processor's tiles where these are faster than torch's own.
 
-`linear`, `addmm` and `matmul` are torch's functions of the same names, and call them wherever `cpu.multiplies` says no:
-another device, in another type, for small sizes, or for a weight that answers for itself. A product is an
-operator, so that a compiler sees one node, and its derivatives are products again:
+`linear`, `addmm` and `matmul` are torch's functions of the same names, and call them wherever
+`cpu.multiplies` says no: on another device, in another type, for small sizes, or for a weight that answers
+for itself. A product is an operator, so that a compiler sees one node, and its derivatives are products:
 
     y = x w + b,   ∂x = g wᵀ,   ∂w = xᵀ g,   ∂b = Σ_n g_n
 """

@@ -11,14 +11,12 @@ It is compiled on first use, in seconds, against the headers that torch brings, 
 
 import ctypes
 import functools
-import hashlib
 import os
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from minirlhf.runs.compiled import compiler, kept_library
 
 _SOURCE = Path(__file__).with_name("native") / "arena.cpp"
 _COMPILE = ("-O2", "-std=gnu++20", "-fPIC", "-shared")
@@ -43,22 +41,8 @@ def use_arena() -> bool:
 
 
 def _build() -> Path:
-    """The shared library for this source, this compiler and this torch, made if it is not there yet."""
     import torch  # here: what only reads a run directory needs none
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C++ compiler {compiler[0]!r}")
     home = Path(torch.__file__).parent
-    command = [*compiler, *_COMPILE, f"-I{home / 'include'}", str(_SOURCE), f"-L{home / 'lib'}", "-lc10"]
-    recipe = "\n".join([*command, torch.__version__, _SOURCE.read_text()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minirlhf"
-    target = folder / f"arena-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        made = Path(room) / target.name
-        subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=True)
-        made.replace(target)
-    return target
+    command = [*compiler(), *_COMPILE, f"-I{home / 'include'}", str(_SOURCE), f"-L{home / 'lib'}", "-lc10"]
+    return kept_library("arena", [[*command, "-o", "arena"]], [_SOURCE], also=torch.__version__)

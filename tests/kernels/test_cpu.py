@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.kernels import cpu, memory
+from minirlhf.kernels import cpu, library, memory
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.draw import BOUNDARY, inverse_cdf
 
@@ -244,5 +244,5 @@ def test_without_a_compiler_it_says_so_once_and_samples_all_the_same(
 def test_with_a_compiler_nothing_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cpu._library.cache_clear()
+        library._library.cache_clear()
         assert cpu.available()
