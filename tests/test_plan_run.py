@@ -224,6 +224,10 @@ def mistakes(made: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         "targets": (["--ppo.adapter-targets", "c_atn"], "no linear layer of the blocks is called 'c_atn'"),
         "context": (["--reading.max-length", "99"], "max_length of 99 tokens exceeds the context of 48"),
         "response": (["--ppo.max-response", "48"], "max_response of 48 .* context of 48"),
+        "none fits": (
+            ["--reading.max-length", "3", "--reading.overlong", "drop"],
+            f"{folder.parent}/run/data/demonstrations.jsonl: expected",
+        ),
         "few": (["--preferences", str(folder / "few.jsonl")], "expected|at least"),
         "no model": (["--model", str(folder / "no")], "no: no such model directory"),
         "no device": (["--device", "cuda"], "--device cuda: this machine"),

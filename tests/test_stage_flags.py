@@ -236,7 +236,7 @@ def test_a_dry_run_counts_the_options_and_writes_nothing(
 
 def mistakes(made: Path) -> dict[str, tuple[str, tuple[object, ...], str]]:
     """Name -> (stage, flags, what the line must say)."""
-    sft_too = {
+    either: dict[str, tuple[str, tuple[object, ...], str]] = {
         f"{stage}: {name}": (stage, flags, said)
         for stage in ("sft", "ppo")
         for name, flags, said in (
@@ -258,7 +258,7 @@ def mistakes(made: Path) -> dict[str, tuple[str, tuple[object, ...], str]]:
         )
     }
     offload = "--offload moves .* computes on cpu; leave it out"
-    return sft_too | {
+    return either | {
         "ppo offload": ("ppo", ("--device", "cpu", "--offload"), offload),
         "group offload": ("group", ("--device", "cpu", "--offload"), offload),
         "planned offload": ("ppo", ("--device", "cpu", "--offload", "--dry-run"), offload),
