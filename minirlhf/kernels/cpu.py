@@ -150,7 +150,6 @@ def matmul(
     return out
 
 
-@functools.cache
 def _has_tiles() -> bool:
     return available() and bool(built().has_tiles())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf.kernels import cpu, fused, passes
+from minirlhf.kernels import cpu, fused, library, passes
 from minirlhf.kernels.fused import log_prob
 from minirlhf.kernels.passes import log_prob_plain
 
@@ -61,7 +61,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "our kernels":
         assert cpu.available(), "no C++ compiler here"
     else:
-        monkeypatch.setattr(cpu, "_library", lambda: None)
+        monkeypatch.setattr(library, "_library", lambda: None)
     return request.param
 
 
@@ -317,7 +317,7 @@ def test_inside_a_compiled_step_it_is_one_graph(
 def test_a_compiled_body_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     given = batch(v=300, dtype=torch.float32)
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(library, "_library", lambda: None)
     right = log_prob(*given, 0.8, entropy=True), grad(fused_sum, argnums=(0, 1))(*given)
     used: list[Any] = []
     monkeypatch.setattr(passes, "_COMPILED", 1)

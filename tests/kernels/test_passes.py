@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.kernels import cpu, passes
+from minirlhf.kernels import cpu, library, passes
 from minirlhf.kernels.fused import log_prob
 from minirlhf.kernels.passes import log_prob_plain
 
@@ -121,7 +121,7 @@ def test_our_kernels_are_for_fp32_on_the_cpu_where_they_could_be_built(
     assert cpu.available(), "no C++ compiler here"
     assert passes._by_kernel(torch.empty(1))
     assert not passes._by_kernel(torch.empty(1, dtype=torch.float64)) and not passes._by_kernel(unreal(1))
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(library, "_library", lambda: None)
     assert not passes._by_kernel(torch.empty(1))
 
 

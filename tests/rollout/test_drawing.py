@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from minirlhf.kernels import cpu
+from minirlhf.kernels import library
 from minirlhf.objectives.sampling import greedy_law, sampling_law, tempered
 from minirlhf.rollout.drawing import drawn, temperature_of
 from tests.rollout.known_models import LAWS, ragged_prompts, rows, sample, tiny_gpt2
@@ -17,7 +17,7 @@ def test_a_law_known_by_name_is_drawn_from_as_one_that_is_only_asked(
     options: dict, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "torch's operations":
-        monkeypatch.setattr(cpu, "_library", lambda: None)
+        monkeypatch.setattr(library, "_library", lambda: None)
     named = partial(sampling_law, **options)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 613, generator=generator) * 5 + 50

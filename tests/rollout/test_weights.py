@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.kernels import cpu
+from minirlhf.kernels import cpu, library
 from minirlhf.kernels.memory import Room
 from minirlhf.models import gpt2
 from minirlhf.models.interface import LanguageModel, Params
@@ -111,7 +111,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "our kernels":
         assert cpu.available(), "no C++ compiler here"
         return Packed
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(library, "_library", lambda: None)
     return Reordered
 
 
