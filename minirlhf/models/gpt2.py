@@ -144,7 +144,9 @@ def states(
 
     Nothing here knows whether the tokens before are part of this call or lie in a cache: `attend` does.
     """
-    x = embedded(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    # A scalar head takes the unembedding's place: then the table's gradient is the embedding's alone.
+    embed = F.embedding if "score" in params else embedded
+    x = embed(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
     of_config = partial(_block, config=config, of=linear_of if run is directly else made_once)
     for layer, block in enumerate(params["h"]):
         x = run(of_config, block, x, attend, layer)
