@@ -42,12 +42,12 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, by_y: Tensor) -> Tensor:
-        return _Gradient.apply(by_y, *ctx.saved_tensors)
+    def backward(ctx: Any, *by_outputs: Tensor) -> Tensor:
+        return _Gradient.apply(*by_outputs, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
-        return _Gelu.apply(x), in_dims[0]
+    def vmap(info: Any, in_dims: tuple[int], *given: Tensor) -> tuple[Tensor, int]:
+        return _Gelu.apply(*given), in_dims[0]
 
 
 class _Gradient(torch.autograd.Function):
@@ -62,13 +62,13 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, by_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Second derivatives are rare: they are torch's."""
 
         def gradient(by_y: Tensor, x: Tensor) -> Tensor:
             return torch.ops.aten.gelu_backward(by_y, x, approximate="tanh")
 
-        return torch.func.vjp(gradient, *ctx.saved_tensors)[1](by_gradient)
+        return torch.func.vjp(gradient, *ctx.saved_tensors)[1](*by_outputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Tensor) -> tuple[Tensor, int]:

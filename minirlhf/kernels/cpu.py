@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from minirlhf.kernels.library import available, built
 
@@ -22,7 +23,7 @@ _long, _pointer = ctypes.c_long, ctypes.c_void_p
 def bare(x: Tensor) -> bool:
     """Whether this is numbers in memory that nobody differentiates, maps or traces: no rules are needed."""
     plain = type(x) is Tensor and not torch.is_grad_enabled()
-    return plain and torch._C._functorch.peek_interpreter_stack() is None
+    return plain and peek_interpreter_stack() is None
 
 
 class Layout(NamedTuple):

@@ -78,8 +78,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, w)
 
     @staticmethod
-    def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w), (want_x, want_w, want_bias) = ctx.saved_tensors, ctx.needs_input_grad
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (by_y,), (x, w) = by_outputs, ctx.saved_tensors
+        want_x, want_w, want_bias = ctx.needs_input_grad
         by_x = by_w = None
         if want_x:
             by_x = _Product.apply(by_y, w.T, None)
@@ -91,13 +92,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
         x, w, bias = (
-            each if place is None or each is None else each.movedim(place, 0)
+            each if place is None else each.movedim(place, 0)
             for each, place in zip(given, in_dims, strict=True)
         )
-        y = torch.matmul(x, w)  # with sizes in front of which one side may lack
+        y: Tensor = x @ w  # with sizes in front, of which one side may lack
         if bias is not None:
             y = y + (bias if in_dims[2] is None else bias[:, None])
-        return y, 0
+        return (y, 0) if y.ndim == 3 else (y.expand(info.batch_size, *y.shape), 0)
 
 
 def _product_shape(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
