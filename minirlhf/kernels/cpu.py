@@ -115,7 +115,7 @@ def multiplies(x: Tensor, w: Tensor) -> bool:
     depth, columns = w.shape
     rows = x.numel() // max(depth, 1)
     large = rows >= _FEWEST and depth >= _FEWEST and columns >= _FEWEST
-    return large and rows * depth * columns >= _SMALLEST and _has_tiles()
+    return large and rows * depth * columns >= _SMALLEST and has_tiles()
 
 
 def matmul(
@@ -151,7 +151,8 @@ def matmul(
     return out
 
 
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether the kernels can be used, and the processor has tiles (AMX) for them."""
     return available() and bool(built().has_tiles())
 
 

@@ -53,6 +53,12 @@ def test_a_piece_has_32_mib_of_logits() -> None:
     assert pieces(1, 2**23 + 5) == [(0, 2**23), (2**23, 5)]
 
 
+def test_a_copy_of_kept_logits_has_8_mib() -> None:
+    given = unreal(2**10, 1), unreal(5000, 1), unreal(2**10, 5000)
+    copies = [(first, logits.shape[1]) for first, logits in passes._pieces(*given, again=True)]
+    assert copies == [(0, 2048), (2048, 2048), (4096, 5000 - 4096)]
+
+
 def test_a_piece_has_256_tokens_however_many_rows_there_are() -> None:
     assert pieces(2**20, 600) == [(0, 256), (256, 256), (512, 88)]
     assert pieces(2**20, 100) == [(0, 100)]
@@ -60,7 +66,7 @@ def test_a_piece_has_256_tokens_however_many_rows_there_are() -> None:
 
 
 def test_where_the_logits_fit_the_second_pass_reads_them_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "PIECE", 0)
+    monkeypatch.setattr(passes, "COPIED", 0)
     g = torch.Generator().manual_seed(0)
     states, unembedding = torch.randn(5, 3, generator=g).double(), torch.randn(600, 3, generator=g).double()
     ids, mask = torch.randint(600, (5,), generator=g), torch.tensor([True, False, True, True, True])

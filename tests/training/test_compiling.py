@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from minirlhf.kernels import cpu
 from minirlhf.models import gpt2
 from minirlhf.models.recompute import recomputing
 from minirlhf.runs import InputError
@@ -162,8 +163,13 @@ def test_ppo_iterations_share_the_graphs_of_policy_and_critic() -> None:
 GPT2 = Work(entries=124_000_000, tensors=148, tokens=0, passes=100)
 
 
-@pytest.mark.parametrize("tokens,compiled", [(10_000, False), (100_000_000, True)])
-def test_auto_compiles_where_it_saves_more_than_it_costs_and_says_both(tokens: int, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    "tokens,tiles,compiled", [(10_000, False, False), (100_000_000, False, True), (100_000_000, True, False)]
+)
+def test_auto_compiles_where_it_saves_more_than_it_costs_and_says_both(
+    tokens: int, tiles: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "has_tiles", lambda: tiles)
     lines: list[str] = []
     chosen = differentiate_by("auto", GPT2._replace(tokens=tokens), CPU, name="sft", tell=lines.append)
     assert isinstance(chosen, Compiler) == compiled and (chosen is differentiated) == (not compiled)
