@@ -192,7 +192,13 @@ def test_a_process_that_fails_says_how(modules: dict[str, ModuleType], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("script", "start"), [("rollout", "rollout"), ("logprobs", "logprobs"), ("train_step", "train-step")]
+    ("script", "start"),
+    [
+        ("rollout", "rollout"),
+        ("logprobs", "logprobs"),
+        ("train_step", "train-step"),
+        ("train_curves", "train-curves"),
+    ],
 )
 def test_the_tables_that_are_kept_say_what_their_json_says(
     modules: dict[str, ModuleType], script: str, start: str
