@@ -96,7 +96,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
-        return _one_after_the_other(_LogProb.apply, info.batch_size, in_dims, given)
+        return one_after_the_other(_LogProb.apply, info.batch_size, in_dims, given)
 
 
 class _Gradient(torch.autograd.Function):
@@ -129,15 +129,17 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
-        return _one_after_the_other(_Gradient.apply, info.batch_size, in_dims, given)
+        return one_after_the_other(_Gradient.apply, info.batch_size, in_dims, given)
 
 
-def _one_after_the_other(
+def one_after_the_other(
     work: Callable[..., tuple[Tensor, ...]],
     count: int,
     in_dims: tuple[int | None, ...],
     given: tuple[Any, ...],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A rule for vmap: what `work` gives for each element, stacked in front, and where that is."""
+
     def of(number: int) -> list[Any]:
         return [
             each if place is None else each.select(place, number)

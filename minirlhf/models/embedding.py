@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.kernels.fused import one_after_the_other
+
 _LARGE = 2**20  # bytes from which new pages are worth asking for
 
 
@@ -61,11 +63,10 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
-        def of(number: int) -> list[Any]:
-            pairs = zip(given, in_dims, strict=True)
-            return [each if place is None else each.select(place, number) for each, place in pairs]
-
-        return torch.stack([_Scattered.apply(*of(number)) for number in range(info.batch_size)]), 0
+        (stacked,), (place,) = one_after_the_other(
+            lambda *one: (_Scattered.apply(*one),), info.batch_size, in_dims, given
+        )
+        return stacked, place
 
 
 def _zeros(rows: int, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 //
 // Both are split into their parts first, 6 bytes for 4, and laid out as tiles: of x as much as the last cache
 // holds, by all threads together; of w what fits into a thread's own, for all rows of x in turn. A kernel makes
-// 32 x 32 outputs, 384 to 1,024 flops of the tiles for a byte that it reads.
+// 32 x 32 outputs: of a block of inputs 12 KB are read for 24 products of tiles, 32 of their flops for a byte.
 #include "amx.hpp"
 #include "pack.hpp"
 
