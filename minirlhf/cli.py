@@ -124,7 +124,8 @@ def _flags(config: Any, prefix: str = "--") -> list[str]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.partition("=")[0], list(known), n=1)
+    wrong = word.partition("=")[0]  # known of a stage it may be, and no flag of this command
+    close = difflib.get_close_matches(wrong, [each for each in known if each != wrong], n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

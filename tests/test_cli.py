@@ -457,6 +457,10 @@ def _mistakes(made: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     (folder / "full").mkdir()
     (folder / "full/mine.txt").write_text("mine")
     return {
+        "a stage's flag, of the run": (
+            ["run", "--adapter-rank", "8"],
+            r"unknown flag --adapter-rank \(did you mean --\w+\.adapter-rank\?\)",
+        ),
         "unknown command": (["stf"], r"unknown command 'stf' \(did you mean sft\?\)"),
         "unknown flag": (
             ["sft", *sft, "--lerning-rate", 1],
