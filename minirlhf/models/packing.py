@@ -87,6 +87,13 @@ def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH, blocks: int =
     return Packing(ids, positions, slots, tuple(cut), picked)
 
 
+def unpacked(tokens: Tensor) -> Packing:
+    """The packing that changes nothing: all positions of rows [R, T] one by one, padding included."""
+    (count, width), place = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
+    slots = place.view(count, width)
+    return Packing(tokens.flatten(), place % width, slots, (slots,), place)
+
+
 def hidden(model: LanguageModel, params: Params, tokens: Tensor, packing: Packing | None) -> Tensor:
     """`LanguageModel.hidden` of the rows [R, T] -> [R, T, D], computed over their pool if there is a packing.
 
@@ -111,12 +118,17 @@ def hidden(model: LanguageModel, params: Params, tokens: Tensor, packing: Packin
     return states.index_select(0, packing.slots.reshape(-1)).view(rows, time, -1)
 
 
-def within_rows(packing: Packing) -> Attend:
+def within_rows(packing: Packing, attend_rows: Attend = causal) -> Attend:
     """`Attend` for the pool as one sequence [1, H, N, Dh]: a token sees what lies before it in its row.
 
     Rows that share a token agree up to it, so it does not matter in which of them it looks back.
+
+    Args:
+        attend_rows: of a block of rows [R, H, T, Dh].
     """
     blocks, sizes = packing.blocks, [block.numel() for block in packing.blocks]
+    if len(blocks) == 1 and sizes[0] == len(packing.tokens):
+        return _one_by_one(blocks[0].shape, attend_rows)
     gathered = torch.cat([block.reshape(-1) for block in blocks])
 
     def spread(x: Tensor) -> list[Tensor]:  # [1, H, N, Dh] -> [R_i, H, T_i, Dh] of each block
@@ -130,12 +142,25 @@ def within_rows(packing: Packing) -> Attend:
         layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
     ) -> Tensor:
         parts = [
-            causal(layer, *rows, scale=scale, window=window).transpose(1, 2).flatten(0, 1).flatten(1)
+            attend_rows(layer, *rows, scale=scale, window=window).transpose(1, 2).flatten(0, 1).flatten(1)
             for rows in zip(spread(q), spread(k), spread(v), strict=True)
         ]  # [R_i · T_i, H · Dh] each
         by_token = parts[0] if len(parts) == 1 else torch.cat(parts)
         by_token = by_token.index_select(0, packing.picked)
         return by_token.unflatten(-1, (q.shape[1], -1)).transpose(0, 1)[None]
+
+    return attend
+
+
+def _one_by_one(shape: torch.Size, attend_rows: Attend) -> Attend:
+    """`within_rows` of a pool that is rows [R, T], one by one."""
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        rows = (each[0].unflatten(1, shape).transpose(0, 1) for each in (q, k, v))  # [R, H, T, Dh]
+        attended = attend_rows(layer, *rows, scale=scale, window=window)
+        return attended.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
     return attend
 

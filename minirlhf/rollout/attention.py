@@ -10,6 +10,7 @@ page of a shared prompt serves all samples of that prompt at a time.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from minirlhf.kernels import cpu
 from minirlhf.models.interface import Attend, causal
+from minirlhf.models.packing import Packing, within_rows
 from minirlhf.rollout.pages import PAGE, Pages, Table, entries_by_row, table_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -78,35 +80,68 @@ def _page_by_page(arenas: list[Pages], position: NDArray[np.int64], device: torc
     return attend
 
 
-def prefilling(write: Callable[[int, Tensor, Tensor], None], prefix: list[tuple[Tensor, Tensor]]) -> Attend:
-    """`Attend` of whole prompts, or of what follows a prefix that all of them share.
+def beginning(kept: list[tuple[Tensor, Tensor]]) -> Attend:
+    """`Attend` of a row that others go on with: what it leaves behind in each layer is appended to `kept`."""
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        kept.append((k, v))
+        return causal(layer, q, k, v, scale=scale, window=window)
+
+    return attend
+
+
+def prefilling(
+    prompts: Packing, write: Callable[[int, Tensor, Tensor], None], prefix: list[tuple[Tensor, Tensor]]
+) -> Attend:
+    """`Attend` of packed prompts [1, H, N, Dh], or of what follows a prefix that all of them share.
 
     Args:
-        write: (layer, keys, values [B, H, T, Dh]) puts them into the cache.
+        write: (layer, keys, values [1, H, N, Dh]) puts them into the cache.
         prefix: per layer keys and values [1, H, C, Dh] of what lies before every row; empty for nothing.
     """
+    within = within_rows(prompts, partial(_after, prefix) if prefix else causal)
 
     def attend(
         layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
     ) -> Tensor:
         write(layer, k, v)
-        if not prefix:
-            return causal(layer, q, k, v, scale=scale, window=window)
-        before = prefix[layer][0].shape[2]
-        k, v = (
-            torch.cat([old.expand(len(q), -1, -1, -1), new], dim=2).to(q.dtype)
-            for old, new in zip(prefix[layer], (k, v), strict=True)
-        )
-        back = (
-            torch.arange(q.shape[2], device=q.device)[:, None]
-            + before
-            - torch.arange(k.shape[2], device=q.device)
-        )
-        visible = (back >= 0) & (back < (window or k.shape[2]))
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=shared)
+        return within(layer, q, k, v, scale=scale, window=window)
 
     return attend
+
+
+def beside(prompts: Attend, count: int, newest: Attend) -> Attend:
+    """`Attend` of one sequence: of `count` tokens of prompts, then of one new token each of other rows."""
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        of_prompts = (each[:, :, :count] for each in (q, k, v))
+        of_rows = (each[:, :, count:].permute(2, 1, 0, 3) for each in (q, k, v))  # [n, H, 1, Dh]
+        read = prompts(layer, *of_prompts, scale=scale, window=window)
+        decoded = newest(layer, *of_rows, scale=scale, window=window)
+        return torch.cat([read, decoded.permute(2, 1, 0, 3)], dim=2)
+
+    return attend
+
+
+def _after(
+    prefix: list[tuple[Tensor, Tensor]],
+    layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """`causal` of rows [R, H, T, Dh] behind a prefix that all of them share."""
+    before = prefix[layer][0].shape[2]
+    k, v = (
+        torch.cat([old.expand(len(q), -1, -1, -1), new], dim=2).to(q.dtype)
+        for old, new in zip(prefix[layer], (k, v), strict=True)
+    )
+    here, there = (torch.arange(each.shape[2], device=q.device) for each in (q, k))
+    back = here[:, None] + before - there
+    visible = (back >= 0) & (back < (window or k.shape[2]))
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=shared)
 
 
 def _visible(start: Tensor, last: Tensor, window: int | None) -> Tensor:

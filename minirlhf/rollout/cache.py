@@ -34,12 +34,11 @@ class CacheUse(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where new prompts go: the pages `there` of an arena get `piece` of `part`, int64 [n] each."""
+    """Where new prompts go: the n pages `there` of an arena get the `tokens` [n, PAGE] of a pool."""
 
     arena: Pages
     there: slice
-    part: Tensor
-    piece: Tensor
+    tokens: Tensor
 
 
 class Cache:
@@ -75,7 +74,7 @@ class Cache:
     def grow(self, position: _Ints) -> None:
         """Takes a page for every row whose next token, at its position, begins one."""
         fresh = np.flatnonzero(position % PAGE == 0)
-        self.own.take(fresh[:, None], position[fresh])
+        self.own.clear(self.own.take(fresh[:, None], position[fresh]))
 
     def keep_beginning(self, kept: list[tuple[Tensor, Tensor]]) -> None:
         """Stores what all prompts begin with: per layer keys and values [1, H, before, Dh]."""
@@ -83,16 +82,20 @@ class Cache:
         count = self.before // PAGE
         self.common.take(np.full((count, self.common.readers.shape[1]), NOBODY), np.arange(count) * PAGE)
         for layer, (keys, values) in enumerate(kept):
-            self.common.keys[layer][:] = in_pages(keys)[0]
-            self.common.values[layer][:] = in_pages(values)[0]
+            for leaf, pages in ((keys, self.common.keys), (values, self.common.values)):
+                pages[layer][:] = leaf[0].unflatten(1, (-1, PAGE)).transpose(0, 1)
 
-    def place(self, lengths: _Ints, samples: _Ints, first: _Ints) -> list[Place]:
+    def place(self, lengths: _Ints, samples: _Ints, first: _Ints, pool: Tensor) -> list[Place]:
         """Takes pages for new prompts.
 
         Args:
             lengths: [k] tokens of each prompt behind the common beginning.
             samples: [k] rows that read it, in slots first .. first + samples - 1.
+            pool: int64 [k, T] where each of these tokens is in the pool; anything in the padding.
         """
+        # Behind a prompt's end its last token, so that no row's page ever holds what another one left.
+        column = np.minimum(np.arange(pages_for(pool.shape[1]) * PAGE), lengths[:, None] - 1)
+        pieces_of = pool.gather(1, torch.from_numpy(column).to(self.device)).unflatten(1, (-1, PAGE))
         own: list[tuple[int, int, int]] = []  # slot, part, piece
         shared: list[tuple[_Ints, int, int]] = []
         for part, (length, count, slot) in enumerate(zip(lengths, samples, first, strict=True)):
@@ -113,16 +116,16 @@ class Cache:
             pieces = np.array([piece for _, _, piece in placed])
             readers = np.array([each for each, _, _ in placed]).reshape(len(placed), -1)
             there = arena.take(readers, self.before + pieces * PAGE)
-            part = torch.tensor([part for _, part, _ in placed], device=self.device)
-            places.append(Place(arena, there, part, torch.from_numpy(pieces).to(self.device)))
+            parts = torch.tensor([part for _, part, _ in placed], device=self.device)
+            places.append(Place(arena, there, pieces_of[parts, torch.from_numpy(pieces).to(self.device)]))
         return places
 
     def write(self, places: list[Place], layer: int, keys: Tensor, values: Tensor) -> None:
-        """Stores a layer's keys and values [k, H, T, Dh] of new prompts."""
+        """Stores a layer's keys and values [1, H, N, Dh] of the pool of new prompts."""
         for leaf, name in ((keys, "keys"), (values, "values")):
-            pieces = in_pages(leaf)
-            for arena, there, part, piece in places:
-                getattr(arena, name)[layer][there] = pieces[part, piece]
+            by_token = leaf[0].transpose(0, 1)
+            for arena, there, tokens in places:
+                getattr(arena, name)[layer][there] = by_token[tokens].transpose(1, 2)
 
     def renumber(self, slot: _Ints) -> None:
         """Rows moved or ended: slot[s] is where the row of slot s is now, or NOBODY."""
@@ -162,9 +165,3 @@ def capacity_of(parts: Sequence[Part], before: int, slots: int, limits: _Ints) -
 def bytes_of_page(shape: CacheShape, dtype: torch.dtype) -> int:
     """Keys and values of PAGE tokens in all layers."""
     return 2 * shape.layers * shape.heads * PAGE * shape.width * dtype.itemsize
-
-
-def in_pages(leaf: Tensor) -> Tensor:
-    """[B, H, T, Dh] -> [B, ⌈T / PAGE⌉, H, PAGE, Dh], zeros behind the end."""
-    short = -leaf.shape[2] % PAGE
-    return torch.nn.functional.pad(leaf, (0, 0, 0, short)).unflatten(2, (-1, PAGE)).transpose(1, 2)

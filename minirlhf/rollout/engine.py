@@ -1,9 +1,9 @@
 """Continuous batching: a fixed number of slots; a row that ends gives its slot to the next prompt at once.
 
-One round of the loop takes up new prompts where slots are free (one forward pass for all newcomers), gives
-every other live row its next state (one forward pass of one token each), and draws a token for all of them
-from one product with the unembedding. A row's uniforms come from who it is, so who else is in the batch, and
-when, changes nothing but the rounding of its logits.
+One round of the loop is one forward pass: over the newest token of every live row and, where slots are free,
+over the prompts of newcomers beside them, packed, so that the weights are read once for both (Yu et al. 2022,
+"Orca"). Then a token is drawn for every row from one product with the unembedding. A row's uniforms come from
+who it is, so who else is in the batch, and when, changes nothing but the rounding of its logits.
 """
 
 from collections import deque
@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.rollout.attention import decoding, prefilling
+from minirlhf.models.interface import Attend, LanguageModel, Params
+from minirlhf.models.packing import Packing, pack, unpacked
+from minirlhf.rollout.attention import beginning, beside, decoding, prefilling
 from minirlhf.rollout.cache import Cache
 from minirlhf.rollout.draw import check_law
 from minirlhf.rollout.drawing import drawn
@@ -27,7 +28,7 @@ from minirlhf.rollout.parts import Part
 Law = Callable[[Tensor], Tensor]
 """Logits [B, V] -> normalised log-probabilities [B, V], as `partial(sampling_law, temperature=0.7)`."""
 
-PREFILL_TOKENS = 8192  # most of one forward pass, padding included, unless one part alone has more
+PREFILL_TOKENS = 8192  # of prompts in one forward pass, unless one prompt alone has more
 _REFILL = 8  # new prompts wait until one slot in this many is free: a forward pass reads all weights
 
 _Ints = NDArray[np.int64]
@@ -97,8 +98,7 @@ class Engine:
     def _read_beginning(self) -> None:
         tokens = torch.tensor([self.beginning], device=self.device)
         positions = torch.arange(tokens.shape[1], device=self.device)
-        attend = prefilling(lambda layer, keys, values: self.prefix.append((keys, values)), [])
-        self.model.states(self.params, tokens, positions, attend)
+        self.model.states(self.params, tokens, positions, beginning(self.prefix))
         self.cache.keep_beginning(self.prefix)
 
     @torch.no_grad()
@@ -107,10 +107,8 @@ class Engine:
         checked = False
         while self.queue or len(self.row):
             joining = self._next_parts()
-            states = [self._decode()] if len(self.row) else []
-            if joining:
-                states.append(self._prefill(joining))
-            logits = torch.nn.functional.linear(torch.cat(states).to(self.wide), self.unembedding).float()
+            states = self._join(joining) if joining else self._decode()
+            logits = torch.nn.functional.linear(states.to(self.wide), self.unembedding).float()
             if not checked:
                 check_law(self.law(logits), logits)
                 checked = True
@@ -118,45 +116,60 @@ class Engine:
             yield self._draw(logits)
 
     def _next_parts(self) -> list[Part]:
-        free, width, joining = self.slots - len(self.row), 0, []
+        free, tokens, joining = self.slots - len(self.row), 0, []
         if len(self.row) and free < max(1, self.slots // _REFILL):
             return joining
         while self.queue and len(self.queue[0].rows) <= free:
             part = self.queue[0]
-            width = max(width, len(part.prompt) - len(self.beginning))
-            if joining and width * (len(joining) + 1) > PREFILL_TOKENS:
+            tokens += len(part.prompt) - len(self.beginning)
+            if joining and tokens > PREFILL_TOKENS:
                 break
             joining.append(self.queue.popleft())
             free -= len(part.rows)
         return joining
 
     def _decode(self) -> Tensor:
-        """States [n, D] of the live rows' last tokens."""
-        self.cache.grow(self.position)
-        attend = decoding(self.cache.used(), self.position, self.device)
-        positions = self._there(self.position)[:, None]
+        """States [n, D] of the live rows' newest tokens."""
+        attend, positions = self._newest(), self._there(self.position)[:, None]
         states = self.model.states(self.params, self.token[:, None], positions, attend)
         self.position = self.position + 1
         return states[:, 0]
 
-    def _prefill(self, parts: list[Part]) -> Tensor:
-        """Reads the parts' prompts, puts their rows into the next slots; states [k, D] after each prompt."""
+    def _join(self, parts: list[Part]) -> Tensor:
+        """Reads the parts' prompts beside the live rows' newest tokens; their rows get the next slots.
+
+        Returns:
+            States [n, D] of the newest tokens and, behind these, after the prompt of every new row.
+        """
         before, count = len(self.beginning), len(self.row)
         lengths = np.array([len(part.prompt) for part in parts]) - before
         samples = np.array([len(part.rows) for part in parts])
-        rows = [torch.tensor(part.prompt[before:]) for part in parts]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         first = count + np.cumsum(samples) - samples  # the slot of each part's first row
-        write = partial(self.cache.write, self.cache.place(lengths, samples, first))
-        positions = before + torch.arange(tokens.shape[1], device=self.device)
-        states = self.model.states(self.params, tokens, positions, prefilling(write, self.prefix))
-        last = states[torch.arange(len(parts)), self._there(lengths - 1)]
-        repeats = self._there(samples)
+        prompts = self._packed([part.prompt[before:] for part in parts])
+        newest = self._newest() if count else None  # its pages, before those of the prompts
+        places = self.cache.place(lengths, samples, first, prompts.slots)
+        attend = prefilling(prompts, partial(self.cache.write, places), self.prefix)
+        if newest is not None:
+            attend = beside(attend, len(prompts.tokens), newest)
+        tokens = torch.cat([prompts.tokens, self.token])[None]
+        positions = torch.cat([before + prompts.positions, self._there(self.position)])[None]
+        states = self.model.states(self.params, tokens, positions, attend)[0]
+        last = prompts.slots[torch.arange(len(parts)), self._there(lengths - 1)]
         self.row = np.concatenate([self.row, np.array([row for part in parts for row in part.rows])])
-        self.position = np.concatenate([self.position, np.repeat(lengths + before, samples)])
+        self.position = np.concatenate([self.position + 1, np.repeat(lengths + before, samples)])
         self.drawn = np.concatenate([self.drawn, np.zeros(int(samples.sum()), dtype=np.int64)])
         self.cache.read_by(len(self.row))
-        return last.repeat_interleave(repeats, dim=0)
+        after = states[last.repeat_interleave(self._there(samples))]
+        return torch.cat([states[len(prompts.tokens) :], after])
+
+    def _newest(self) -> Attend:
+        self.cache.grow(self.position)
+        return decoding(self.cache.used(), self.position, self.device)
+
+    def _packed(self, prompts: list[tuple[int, ...]]) -> Packing:
+        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in prompts], batch_first=True)
+        rows, lengths = rows.to(self.device), torch.tensor([len(each) for each in prompts])
+        return pack(rows, lengths) or unpacked(rows)
 
     def _draw(self, logits: Tensor) -> _Ints:
         """One token for every live row; rows that end leave. Returns them."""

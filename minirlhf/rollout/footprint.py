@@ -22,7 +22,8 @@ class Footprint(NamedTuple):
     """Bytes, and the shape of the largest forward pass, whose activations depend on the family.
 
     slots: rows that are live at a time. copies: of the weights. cache: keys and values, all pages of the
-    worst case. tables: what is as long as the vocabulary. rows, tokens: of a forward pass over new prompts.
+    worst case. tables: what is as long as the vocabulary. rows, tokens: of the largest forward pass, as rows
+    of the longest prompt: it reads prompts without padding, and the newest tokens of live rows beside them.
     """
 
     slots: int
@@ -54,12 +55,13 @@ def footprint(
     before, matrix = len(common_beginning(parts)), model.unembedding(params)
     pages = sum(capacity_of(parts, before, slots, np.full(len(prompts), max_new_tokens)))
     in_fp64 = 0 if device.type == "cpu" and matrix.dtype == torch.float32 and cpu.available() else _DRAW
-    tokens = longest - before
+    read = [len(part.prompt) - before for part in parts[:slots]]  # the longest come first
+    tokens = min(sum(read), max(read[0], PREFILL_TOKENS) + slots)
     return Footprint(
         slots=slots,
         copies=copies_of(weights, params, slots, max_new_tokens, device),
         cache=pages * bytes_of_page(model.cache, matrix.dtype),
         tables=slots * len(matrix) * (4 * _LOGITS + 8 * in_fp64),
-        rows=max(1, min(len(parts), slots, PREFILL_TOKENS // tokens)),
-        tokens=tokens,
+        rows=-(-tokens // read[0]),
+        tokens=read[0],
     )

@@ -49,7 +49,10 @@ class Pages:
         self.peak = 0
 
     def take(self, readers: _Ints, start: _Ints) -> slice:
-        """New pages, zeroed, for readers [n, width] and tokens from start [n] on: the arena's next n pages.
+        """New pages for readers [n, width] and tokens from start [n] on: the arena's next n pages.
+
+        They hold anything until written. What lies behind a row's end is masked, but NaN times 0 is NaN: a
+        page has to be filled as a whole, or cleared.
 
         Raises:
             RuntimeError: the arena is full; whoever admits rows has to count before.
@@ -57,11 +60,14 @@ class Pages:
         first, end = self.used, self.used + len(start)
         if end > len(self.start):
             raise RuntimeError(f"{end} pages asked of an arena of {len(self.start)}")
-        for leaf in (*self.keys, *self.values):
-            leaf[first:end] = 0  # what lies behind a row's end is masked, but NaN times 0 is NaN
         self.readers[first:end], self.start[first:end] = readers, start
         self.used, self.peak = end, max(self.peak, end)
         return slice(first, end)
+
+    def clear(self, pages: slice) -> None:
+        """Sets pages to zero."""
+        for leaf in (*self.keys, *self.values):
+            leaf[pages] = 0
 
     def renumber(self, slot: _Ints) -> None:
         """Rows moved or ended: slot[s] is where the row of slot s is now, or NOBODY. Frees unread pages."""

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from minirlhf.models import packing as page
 from minirlhf.models.interface import LanguageModel, Params
-from minirlhf.models.packing import Packing, hidden, pack
+from minirlhf.models.packing import Packing, hidden, pack, unpacked
 from tests.models.cases import CASES, Case, tiny_model
 from tests.models.tiny import tiny, valid
 
@@ -141,6 +141,19 @@ def test_states_and_gradients_are_those_of_padded_rows(case: Case, name: str) ->
     right = states_and_gradient(model, params, tokens, lengths, None)
     rubbish, _ = padded(BATCHES[name], padding=-(10**6))  # an id that no embedding has: it is not looked up
     found = states_and_gradient(model, params, rubbish, lengths, packed(rubbish, lengths))
+    torch.testing.assert_close(found[0], right[0], rtol=0, atol=1e-10)
+    for one, other in zip(found[1], right[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * max(1.0, float(other.abs().max())))
+
+
+@every_case
+def test_the_packing_that_changes_nothing_changes_nothing(case: Case) -> None:
+    model, params = tiny_model(case, dtype=torch.float64)
+    tokens, lengths = padded(BATCHES["pairs"])
+    right = states_and_gradient(model, params, tokens, lengths, None)
+    layout = unpacked(tokens)
+    assert layout.tokens[layout.slots].equal(tokens) and len(layout.tokens) == tokens.numel()
+    found = states_and_gradient(model, params, tokens, lengths, layout)
     torch.testing.assert_close(found[0], right[0], rtol=0, atol=1e-10)
     for one, other in zip(found[1], right[1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * max(1.0, float(other.abs().max())))

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -9,8 +10,11 @@ from torch.utils._pytree import tree_map
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.kernels.memory import Room
 from minirlhf.models.interface import LanguageModel, Params, aligned
+from minirlhf.models.packing import pack
 from minirlhf.objectives.sampling import sampling_law
+from minirlhf.rollout.cache import Cache
 from minirlhf.rollout.pages import PAGE
+from minirlhf.rollout.parts import Part
 from minirlhf.rollout.sampler import Rollout, generate, response_mask, stream
 from minirlhf.rollout.weights import as_they_are
 from minirlhf.runs import InputError
@@ -106,14 +110,13 @@ def test_every_family_decodes_from_pages_as_it_does_from_the_whole_row(
 
 def test_a_slot_that_is_free_is_given_to_the_next_prompt_at_once() -> None:
     model, params = a_model()
-    live: list[int] = []
+    prompts, live = [text(5, seed=seed) for seed in range(40)], []
 
     def states(params, tokens, positions, attend):
-        if tokens.shape[1] == 1:
-            live.append(len(tokens))
+        read = 5 * int((positions == 0).sum())  # every prompt that joins begins at 0
+        live.append(tokens.numel() - read)
         return model.states(params, tokens, positions, attend)
 
-    prompts = [text(5, seed=seed) for seed in range(40)]
     rollout = draw(model._replace(states=states), params, prompts, slots=4)
     sampled = int((rollout.lengths - rollout.prompt_lengths).sum())
     assert sum(live) == sampled - 40, "each token but a row's last is read once"
@@ -122,16 +125,22 @@ def test_a_slot_that_is_free_is_given_to_the_next_prompt_at_once() -> None:
     assert len(live) <= sampled / 4 + tail, "all slots are busy until the queue is empty"
 
 
-def test_samples_of_a_prompt_read_it_once_and_keep_its_whole_pages_once() -> None:
-    model, params = a_model()
+def reading(model: LanguageModel) -> tuple[LanguageModel, list[tuple[int, ...]]]:
+    """The model, and the shapes of the tokens that it reads."""
     read: list[tuple[int, ...]] = []
 
     def states(params, tokens, positions, attend):
         read.append(tuple(tokens.shape))
         return model.states(params, tokens, positions, attend)
 
+    return model._replace(states=states), read
+
+
+def test_samples_of_a_prompt_read_it_once_and_keep_its_whole_pages_once() -> None:
+    model, params = a_model()
+    noting, read = reading(model)
     prompt = text(2 * PAGE + 3)
-    rollout = draw(model._replace(states=states), params, [prompt] * 8, limit=4)
+    rollout = draw(noting, params, [prompt] * 8, limit=4)
     assert read[0] == (1, len(prompt)) and all(shape[1] == 1 for shape in read[1:])
     assert rollout.cache is not None and rollout.cache.pages == 2 + 8
     assert rollout.cache.tokens == 2 * PAGE + 8 * 3, "when it was first so full"
@@ -139,15 +148,66 @@ def test_samples_of_a_prompt_read_it_once_and_keep_its_whole_pages_once() -> Non
 
 def test_a_common_beginning_is_read_once() -> None:
     model, params = a_model()
-    read: list[tuple[int, ...]] = []
-
-    def states(params, tokens, positions, attend):
-        read.append(tuple(tokens.shape))
-        return model.states(params, tokens, positions, attend)
-
+    noting, read = reading(model)
     prompts = [BEGINNING + text(n, seed=n) for n in (4, 5, 6)]
-    draw(model._replace(states=states), params, prompts, limit=2, slots=1)
+    draw(noting, params, prompts, limit=2, slots=1)
     assert [shape for shape in read if shape[1] > 1] == [(1, 2 * PAGE), (1, 6), (1, 5), (1, 4)]
+
+
+def test_prompts_are_read_without_padding_and_what_some_begin_with_once() -> None:
+    model, params = a_model()
+    noting, read = reading(model)
+    some = text(20, seed=7)
+    prompts = [text(70), [*some, 1, 2], [*some, 3], [9]]
+    rollout = draw(noting, params, prompts, limit=3)
+    assert read[0] == (1, 70 + 20 + 2 + 1 + 1)
+    assert gap_to_uncached(model, params, rollout) < 1e-5
+
+
+@BOTH
+def test_newcomers_are_read_in_the_pass_that_decodes_the_others(dtype: torch.dtype, rounding: float) -> None:
+    model, params = a_model(dtype)
+    noting, read = reading(model)
+    prompts, limits = [text(9, seed=1), text(8, seed=2), text(PAGE + 2, seed=3), [5]], [9, 2, PAGE + 9, 4]
+    index = torch.arange(4)
+    rollout = generate(
+        noting, params, prompts, law=sampling_law, max_new_tokens=limits, stop_ids=[], seed=3,
+        prompt_index=index, sample_index=index, slots=2, weights=as_they_are,
+    )  # fmt: skip
+    # Longest prompts first: 34 + 9 are read, then 8 beside a live row, then 1 beside one.
+    assert [shape for shape in read if shape[0] == 1 and shape[1] > 1] == [(1, PAGE + 11), (1, 9), (1, 2)]
+    assert len(read) == PAGE + 9, "no round has a second pass"
+    assert (rollout.lengths - rollout.prompt_lengths).tolist() == limits
+    assert gap_to_uncached(model, params, rollout) < rounding
+
+
+def test_prompts_beyond_what_a_pass_may_read_join_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirlhf.rollout.engine.PREFILL_TOKENS", 20)
+    model, params = a_model()
+    noting, read = reading(model)
+    prompts = [text(40, seed=1), *(text(9, seed=seed) for seed in range(2, 6))]
+    rollout = draw(noting, params, prompts, limit=6)
+    assert [tokens for _, tokens in read[:3]] == [40, 1 + 18, 3 + 18], (
+        "alone; two beside it; two beside three"
+    )
+    assert gap_to_uncached(model, params, rollout) < 1e-5
+
+
+def test_a_page_holds_tokens_of_its_own_row_alone() -> None:
+    """Behind a row's end, too: what is masked there, a NaN of another row, would still be a NaN."""
+    model, _ = a_model()
+    prompts = [text(PAGE + 5, seed=1), text(7, seed=2), text(3, seed=3)]
+    parts = [Part(tuple(prompt), (row,)) for row, prompt in enumerate(prompts)]
+    limits, lengths = np.full(3, 4), np.array([len(prompt) for prompt in prompts])
+    cache = Cache(model.cache, parts, 0, 3, limits, dtype=torch.float64, device=torch.device("cpu"))
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in prompts], batch_first=True)
+    packing = pack(padded, torch.from_numpy(lengths))
+    assert packing is not None
+    (place,) = cache.place(lengths, np.ones(3, dtype=np.int64), np.arange(3), packing.slots)
+    readers = place.arena.readers[place.there, 0].tolist()
+    assert readers == [0, 0, 1, 2]
+    for row, tokens in zip(readers, place.tokens.tolist(), strict=True):
+        assert set(tokens) <= set(packing.slots[row, : lengths[row]].tolist())
 
 
 @BOTH

@@ -123,16 +123,16 @@ def test_a_prompt_and_response_that_fill_the_context_exactly_are_sampled(countin
 
 def test_rows_that_ended_cost_no_forward_pass(counting: Bound) -> None:
     model, params = counting
-    batches: list[int] = []
+    read: list[int] = []
 
     def states(params, tokens, positions, attend):
-        batches.append(len(tokens))
+        read.append(tokens.numel())
         return model.states(params, tokens, positions, attend)
 
     prompts = [[1, SIZE - n] for n in (1, 4, 2, 4, 3)]  # row i draws EOS (0) as its n-th token
     sample(model._replace(states=states), params, prompts, max_new_tokens=30)
-    # Prefill reads the four different prompts; then the live rows only, and nothing after the last stop.
-    assert batches == [4, 4, 3, 2]
+    # First the four different prompts, their common token once; then live rows, and nothing after the last.
+    assert read == [1 + 4, 4, 3, 2]
 
 
 def test_progress_counts_the_tokens_sampled_so_far(counting: Bound) -> None:

@@ -270,6 +270,26 @@ def test_the_footprint_has_the_cache_that_a_rollout_takes() -> None:
     assert (expected.slots, expected.tokens) == (4, 83 - 32)
 
 
+@pytest.mark.parametrize("most", [40, 8192])
+def test_the_footprint_has_room_for_the_largest_pass(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in ("engine", "footprint"):
+        monkeypatch.setattr(f"minirlhf.rollout.{where}.PREFILL_TOKENS", most)
+    model, read = gpt2.bind(CONFIG), []
+    params = model.init(torch.Generator().manual_seed(0))
+
+    def states(params, tokens, *rest):
+        read.append(tokens.numel())
+        return model.states(params, tokens, *rest)
+
+    prompts, index = [[1 + n] * n for n in (5, 17, 3, 9, 11, 20, 21)], torch.arange(7)
+    generate(
+        model._replace(states=states), params, prompts, law=partial(tempered, temperature=1.0),
+        max_new_tokens=3, stop_ids=(), seed=0, prompt_index=index, sample_index=index, slots=5,
+    )  # fmt: skip
+    expected = footprint(model, params, prompts, max_new_tokens=3, device=CPU, slots=5)
+    assert max(read) <= expected.rows * expected.tokens <= max(read) + 21 + 5
+
+
 def plan_of(*phases: Phase, device: str = "cpu") -> Plan:
     return Plan("sft", torch.device(device), 100, phases)
 
