@@ -113,7 +113,8 @@ def report(record: Record) -> str:
             "tokens/s: generated, median of the runs [slowest, fastest]. products: the flops that prompts "
             "and new tokens need, by time and the rate of a large product in the same process. reading: "
             "bytes of weights that decode steps read, likewise. KV: pages in use per live token, in bytes, "
-            "when fullest. prefill: passes that read prompts, beside which live rows may decode. first run: the one that is not counted; where something is compiled, in it.",
+            "when fullest. prefill: passes that read prompts, beside which live rows may decode. first run: "
+            "the one that is not counted; where something is compiled, in it.",
         ),
         "| workload | batch | system | tokens/s | runs | prefill s | decode s | packing s | first run s "
         "| products | reading | peak MB | KV |",
