@@ -21,6 +21,7 @@ from minirlhf.training import run_directory
 from minirlhf.training.live_memory import _Counter
 from minirlhf.training.memory_plan import Entry, Phase, Plan, after, bytes_of
 from minirlhf.training.plan_table import summary_of
+from minirlhf.training.rewards import reader_of
 from tests.miniature import write_files
 from tests.models.tiny import CONFIG
 from tests.test_cli import POLICIES, tiny
@@ -194,7 +195,7 @@ def test_an_evaluation_holds_all_policies_and_reads_with_two_at_a_time() -> None
     judge = with_scalar_head(model, params, generator=torch.Generator().manual_seed(1))
     config, size = EvaluationConfig(prompts=40, samples=3, max_response=6), bytes_of(params)
     plan = evaluation_memory.evaluation_plan(
-        model, params, {"ppo": params, "dpo": params}, [evaluation_memory.Reader("judge", model, judge)],
+        model, params, {"ppo": params, "dpo": params}, {"judge": reader_of(model, judge)},
         [[1, 2, 3, 4]] * 40, config, device=CPU,
     )  # fmt: skip
     by_name = {phase.name: phase for phase in plan.phases}

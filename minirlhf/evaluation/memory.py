@@ -6,7 +6,6 @@ is an upper bound.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -17,28 +16,21 @@ from minirlhf.rollout.footprint import footprint
 from minirlhf.training import plan_phases
 from minirlhf.training.live_memory import live_memory
 from minirlhf.training.memory_plan import Entry, Plan, base_of, bytes_of
-
-
-class Reader(NamedTuple):
-    """A reward model that scores the responses. owner: reward model, judge."""
-
-    owner: str
-    model: LanguageModel
-    params: Params
+from minirlhf.training.rewards import Reader
 
 
 def evaluation_plan(
     model: LanguageModel,
     sft: Params,
     policies: Mapping[str, Params],
-    readers: Sequence[Reader],
+    readers: Mapping[str, Reader],
     prompts: Sequence[Sequence[int]],
     config: EvaluationConfig,
     *,
     device: torch.device,
 ) -> Plan:
-    """Of `compare.compare` on these prompts; a rule or an endpoint is no reader."""
-    models = [(SFT, sft), *policies.items(), *((each.owner, each.params) for each in readers)]
+    """Of `compare.compare` on these prompts, read by a reward model and a judge where these are models."""
+    models = [(SFT, sft), *policies.items(), *((owner, each.params) for owner, each in readers.items())]
     held = [Entry(owner, "start", bytes_of(params)) for owner, params in models]
     asked = [ids for ids in prompts for _ in range(config.samples)]
     sampled = footprint(model, sft, asked, max_new_tokens=config.max_response, device=device)
@@ -54,7 +46,7 @@ def evaluation_plan(
         live = live_memory(partial(kl_of_tokens, model), sft, sft, tokens, place, device=device)
         phases.append(plan_phases.forward_phase("KL", "data", live, around))
     score = partial(plan_phases.scoring_phase, rows=rows, width=width, around=around, device=device)
-    phases += [score(each.model, each.params) for each in readers]
+    phases += [score(each) for each in readers.values()]
     assumed = (
         f"{rows} rows of {width} tokens: the longest prompts, and responses of {config.max_response}",
         f"{sampled.slots} rows are sampled at a time",

@@ -8,7 +8,7 @@ from minirlhf.data import gold
 from minirlhf.data.records import Prompt
 from minirlhf.evaluation.compare import Comparison, EvaluationConfig, compare
 from minirlhf.evaluation.judges import Judge, gold_judge, reward_judge
-from minirlhf.evaluation.memory import Reader, evaluation_plan
+from minirlhf.evaluation.memory import evaluation_plan
 from minirlhf.evaluation.report import show_report, write_report
 from minirlhf.models.interface import Params
 from minirlhf.runs import InputError
@@ -86,11 +86,7 @@ def plan_evaluation(
     """Says what `evaluate` would need of memory; arguments and errors are its own."""
     read = _read(policies, sft, reward, data, judge, config, setting)
     named = (("reward model", reward), ("judge", judge))
-    readers = [
-        Reader(owner, each.backbone.model, each.backbone.params)
-        for owner, each in named
-        if each is not None and each.backbone is not None
-    ]
+    readers = {owner: each.reader for owner, each in named if each is not None and each.reader is not None}
     ids, device = [each.ids for each in read.prompts], resolve(setting.device)
     start = read.start
     plan = evaluation_plan(start.model, start.params, read.others, readers, ids, config, device=device)

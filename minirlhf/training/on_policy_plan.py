@@ -24,6 +24,7 @@ from minirlhf.training.mismatch import WEIGHTS
 from minirlhf.training.plan_phases import Learner, learner
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_update import critic_loss, policy_loss
+from minirlhf.training.rewards import Reader
 from minirlhf.training.update import Loss
 
 _ROLLOUT_CELL = 16  # bytes: an id in int64, and two log-probs
@@ -34,7 +35,7 @@ class Models(NamedTuple):
 
     policy, reference: may be one and the same.
     critic: with its head; what it shares with reward model or policy is not counted twice. None: none.
-    judge, reward: the reward model and its parameters; None where a rule or an endpoint scores.
+    reward: the model that scores; None where a rule or an endpoint does.
     offload: whether reference and reward model are on the device only while they are used.
     """
 
@@ -42,8 +43,7 @@ class Models(NamedTuple):
     policy: Params
     reference: Params
     critic: Params | None
-    judge: LanguageModel | None
-    reward: Params | None
+    reward: Reader | None
     offload: bool = False
 
 
@@ -65,7 +65,7 @@ def on_policy_plan(
     critics = [] if models.critic is None else [learner("critic", model, models.critic, config, shared=True)]
     learners = (*policy.held(), *(entry for each in critics for entry in each.held(bests=0)))
     near, judge = _frozen(models, policy)
-    held = learners if models.offload else (*learners, *near, *judge)
+    held = (*learners, *_staying(models, near, judge))
     rows = _rows(config, config.batch_size, width)
     data = Entry("data", "experience", bytes_of(rows) + config.batch_size * width * _ROLLOUT_CELL)
     sampling = partial(
@@ -92,7 +92,7 @@ def on_policy_plan(
         f"{rollout.slots} rows are sampled at a time, {judged.slots} when the policy is judged",
         *plan_phases.assumptions(config),
     )
-    trees = (models.policy, models.reference, models.critic, models.reward)
+    trees = (models.policy, models.reference, models.critic, models.reward and models.reward.params)
     return Plan(
         name, device, base_of(device, *trees), tuple(phases), assumed, plan_phases.remedies_of(config)
     )
@@ -121,10 +121,10 @@ def _readings(
         live = live_memory(without_gradient(read), params, tokens, tokens.bool(), device=device)
         there = (*around, *(lent if models.offload else ()))
         phases.append(plan_phases.forward_phase(name, "data", live, there))
-    if models.judge is not None and models.reward is not None:
-        there, rows = (*around, *(judge if models.offload else ())), config.batch_size
+    if models.reward is not None:
+        there = (*around, *(judge if models.offload and models.reward.waits else ()))
         phases.append(
-            plan_phases.scoring_phase(models.judge, models.reward, rows, width, there, device=device)
+            plan_phases.scoring_phase(models.reward, config.batch_size, width, there, device=device)
         )
     return phases
 
@@ -163,8 +163,15 @@ def _frozen(models: Models, policy: Learner) -> tuple[list[Entry], list[Entry]]:
     if made:
         # Offloaded, it is this copy that comes, and the start is never on the device.
         near = [*([] if models.offload else near), Entry("reference", "copy in bf16", made)]
-    judge = [] if models.reward is None else [Entry("reward model", "start", bytes_of(models.reward))]
-    return near, judge
+    reward = models.reward
+    return near, [] if reward is None else [Entry("reward model", "start", bytes_of(reward.params))]
+
+
+def _staying(models: Models, near: list[Entry], judge: list[Entry]) -> list[Entry]:
+    """Those of `_frozen` that are on the device all the time."""
+    if not models.offload:
+        return [*near, *judge]
+    return [] if models.reward is None or models.reward.waits else judge
 
 
 def _rows(config: PPOConfig | GroupConfig, count: int, width: int) -> Experience | GroupExperience:

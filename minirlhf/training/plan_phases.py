@@ -4,7 +4,6 @@ A stage's plan (`stage_plans`, `on_policy_plan`) says which of these come, in wh
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from minirlhf.training.live_memory import Live, live_memory, without_gradient
 from minirlhf.training.loop import TrainConfig
 from minirlhf.training.memory_plan import Entry, Phase, bytes_of
 from minirlhf.training.ppo_config import OnPolicyConfig
-from minirlhf.training.rewards import SCORED_ROWS, raw_score
+from minirlhf.training.rewards import SCORED_ROWS, Reader
 from minirlhf.training.trained import Trained, TrainedConfig, TrainingBytes, Whole, trained, training_bytes
 from minirlhf.training.update import Loss, gradient
 
@@ -164,18 +163,12 @@ def rollout_phase(
 
 
 def scoring_phase(
-    model: LanguageModel,
-    params: Params,
-    rows: int,
-    width: int,
-    around: Sequence[Entry],
-    *,
-    device: torch.device,
+    reader: Reader, rows: int, width: int, around: Sequence[Entry], *, device: torch.device
 ) -> Phase:
-    """A reward model reads rows of this width, as `rewards.reward_model_scorer` gives them to it."""
-    rows = min(SCORED_ROWS, rows)
+    """A model reads rows of this width, as `rewards.reward_model_scorer` gives them to it."""
+    rows, width = min(SCORED_ROWS, rows), min(width, reader.context)
     tokens, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    live = live_memory(without_gradient(partial(raw_score, model)), params, tokens, lengths, device=device)
+    live = live_memory(without_gradient(reader.raw), reader.params, tokens, lengths, device=device)
     return forward_phase("score", "data", live, around)
 
 

@@ -28,9 +28,22 @@ from minirlhf.training.device import move, resolve
 from minirlhf.training.http_reward import RemoteConfig, http_scorer, shown
 from minirlhf.training.offload import waiting, where_it_waits
 from minirlhf.training.prompt_rows import PromptRow
-from minirlhf.training.rewards import Scorer, critic_from_reward_model, reward_model_scorer, text_scorer
+from minirlhf.training.rewards import (
+    Reader,
+    Scorer,
+    critic_from_reward_model,
+    reader_of,
+    reward_model_scorer,
+    text_scorer,
+)
 from minirlhf.training.setting import Setting, generator_for
-from minirlhf.training.text_rewards import encoder_scorer, load_encoder_reward, text_model_scorer, why_text
+from minirlhf.training.text_rewards import (
+    encoder_reader,
+    encoder_scorer,
+    load_encoder_reward,
+    text_model_scorer,
+    why_text,
+)
 from minirlhf.training.workspace import Checkpoint, load_policy, load_reward_model
 from minirlhf.verify.subject import SubjectError
 from minirlhf.verify.target import load
@@ -45,6 +58,7 @@ class Reward(NamedTuple):
     scorer: (policy, prompts, max_response) -> score of responses to these prompts, counted in this order.
     weights, data: what it consists of, for the manifest: a file, or a record of what is none.
     backbone: a reward model that may be a critic's starting point; None where there is none.
+    reader: the model that scores, for memory plans; None where a rule or an endpoint does.
     """
 
     name: str
@@ -52,6 +66,7 @@ class Reward(NamedTuple):
     weights: dict[str, Path]
     data: dict[str, Path | Mapping[str, str]]
     backbone: Checkpoint | None = None
+    reader: Reader | None = None
 
 
 def the_one_reward(
@@ -131,9 +146,9 @@ def _of_judge(judge: Checkpoint, setting: Setting) -> Reward:
         here = judge._replace(params=move(judge.params, device)) if setting.offload else judge
         return text_model_scorer(here, policy.tokenizer, asked, say=setting.show)
 
-    return Reward(
-        f"reward model {path}", _finite(f"reward model {path}", scorer), {"reward_model": path}, {}, judge
-    )
+    name = f"reward model {path}"
+    reader = reader_of(judge.model, judge.params)
+    return Reward(name, _finite(name, scorer), {"reward_model": path}, {}, judge, reader)
 
 
 def of_encoder(path: Path, setting: Setting) -> Reward:
@@ -151,7 +166,8 @@ def of_encoder(path: Path, setting: Setting) -> Reward:
             told.add(policy.path)
         return encoder_scorer(judge, policy.tokenizer, [row.row for row in prompts], say=setting.show)
 
-    return Reward(f"reward model {path}", _finite(f"reward model {path}", scorer), {"reward_model": path}, {})
+    name, reader = f"reward model {path}", encoder_reader(judge)
+    return Reward(name, _finite(name, scorer), {"reward_model": path}, {}, reader=reader)
 
 
 def of_rule(place: str) -> Reward:

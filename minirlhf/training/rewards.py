@@ -5,7 +5,8 @@ prompt's words and facts without decoding ids (decoding and encoding again is no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,6 +80,24 @@ def raw_score(
     """The head's output at the last valid token: tokens [B, T], lengths [B] -> [B], in raw reward units."""
     row = torch.arange(tokens.shape[0], device=tokens.device)  # not len(), which a compiler would fix
     return scalar(params, hidden(model, params, tokens, packing)[row, lengths - 1])
+
+
+class Reader(NamedTuple):
+    """A model that scores responses, as a memory plan sees it.
+
+    raw: (params, tokens [B, T], lengths [B]) -> [B]. context: most tokens of a row that it reads.
+    waits: whether `--offload` keeps it on the CPU between uses.
+    """
+
+    params: Params
+    raw: Callable[[Params, Tensor, Tensor], Tensor]
+    context: int
+    waits: bool
+
+
+def reader_of(model: LanguageModel, params: Params) -> Reader:
+    """A reward model with a language model's backbone."""
+    return Reader(params, partial(raw_score, model), model.config.n_positions, waits=True)
 
 
 def text_scorer(

@@ -32,7 +32,7 @@ from minirlhf.rollout.sampler import LENGTH, Rollout, responses
 from minirlhf.runs import InputError
 from minirlhf.training.device import move, resolve
 from minirlhf.training.packed import packed
-from minirlhf.training.rewards import Decoder, Scorer, raw_score
+from minirlhf.training.rewards import Decoder, Reader, Scorer, raw_score
 from minirlhf.training.setting import Setting
 from minirlhf.training.workspace import Checkpoint
 
@@ -198,6 +198,15 @@ def encoder_scorer(
         return torch.cat(raw)
 
     return torch.no_grad()(score)
+
+
+def encoder_reader(judge: EncoderCheckpoint) -> Reader:
+    """An encoder reward model, for a plan: its rows are taken to be as long as the policy's."""
+
+    def raw(params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return judge.model.score(params, tokens, torch.zeros_like(tokens), lengths)
+
+    return Reader(judge.params, raw, judge.tokenizer.context, waits=False)
 
 
 class _Count:

@@ -13,15 +13,21 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from minirlhf import cli
 from minirlhf.data.records import Message, Prompt
 from minirlhf.models import gpt2
 from minirlhf.models.checkpoint import Normalisation, save_language_model, save_scalar_model
 from minirlhf.models.interface import with_scalar_head
 from minirlhf.rollout.sampler import EOS, LENGTH, STOP, Rollout
 from minirlhf.runs import InputError
+from minirlhf.training.live_memory import _Counter
+from minirlhf.training.memory_plan import Plan, bytes_of
+from minirlhf.training.plan_phases import scoring_phase
 from minirlhf.training.prompt_rows import PromptRow
 from minirlhf.training.reward_sources import critic_for, of_encoder, of_reward_model, open_reward
+from minirlhf.training.rewards import SCORED_ROWS
 from minirlhf.training.setting import ReadingConfig, Setting
+from minirlhf.training.stages import on_policy
 from minirlhf.training.text_rewards import (
     ModelReader,
     encoder_scorer,
@@ -258,6 +264,39 @@ def test_a_model_with_the_same_tokenizer_reads_the_sampled_ids_themselves(made: 
     expected = (raw(judge, ids[0].tolist()) - 0.5) / 2.0
     assert float(score(sampled, torch.tensor([0]))) == pytest.approx(expected, abs=1e-5)
     assert said == []
+
+
+def test_a_plan_counts_what_an_encoder_takes_to_score(made: Made) -> None:
+    judge = load_encoder_reward(made.encoder, setting())
+    reader = of_encoder(made.encoder, setting()).reader
+    assert reader is not None and reader.context == 16
+    tokens, lengths = torch.randint(4, len(WORDS), (SCORED_ROWS, 16)), torch.full((SCORED_ROWS,), 9)
+    expected = judge.model.score(judge.params, tokens, torch.zeros_like(tokens), lengths)
+    torch.testing.assert_close(reader.raw(reader.params, tokens, lengths), expected)
+    phase = scoring_phase(reader, 100, 40, (), device=torch.device("cpu"))
+    counter = _Counter((reader.params, tokens, lengths))
+    with counter, torch.no_grad():
+        found = reader.raw(reader.params, tokens, lengths)
+    del found
+    (activations,) = phase.entries
+    assert activations.size == pytest.approx(counter.peak, rel=0.02)
+
+
+def test_a_stage_plans_the_encoder_that_it_asks(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(on_policy, "announce", lambda plan, _: plans.append(plan) or True)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"a red lamp {n}"}) + "\n" for n in range(40)))
+    files = ["--policy", made.policy, "--reward", made.encoder, "--data", prompts, "--out", tmp_path / "out"]
+    sizes = ["--batch-size", "8", "--max-response", "4", "--device", "cpu"]
+    assert cli.main(["ppo", *map(str, files), *sizes]) == 0
+    phases = {phase.name: phase for phase in plans[0].phases}
+    size = bytes_of(load_encoder_reward(made.encoder, setting()).params)
+    for phase in plans[0].phases:
+        assert [entry.size for entry in phase.entries if entry.owner == "reward model"] == [size], phase.name
+    assert "score" in phases
 
 
 def test_an_encoder_reads_prompt_and_response_as_its_tokenizer_joins_them(made: Made) -> None:

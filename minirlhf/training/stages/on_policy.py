@@ -62,16 +62,7 @@ def _models(policy: Path, reference: Path, setting: Setting) -> tuple[Checkpoint
 def _read(
     start: Checkpoint, near: Checkpoint, critic: Params | None, reward: Reward, setting: Setting
 ) -> Models:
-    judge = reward.backbone
-    return Models(
-        start.model,
-        start.params,
-        near.params,
-        critic,
-        None if judge is None else judge.model,
-        None if judge is None else judge.params,
-        setting.offload,
-    )
+    return Models(start.model, start.params, near.params, critic, reward.reader, setting.offload)
 
 
 def _ids(prompts: Sequence[PromptRow]) -> Sequence[list[int]]:
