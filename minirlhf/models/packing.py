@@ -40,14 +40,15 @@ class Packing(NamedTuple):
     tokens: int64 [N] ids of the pool. positions: int64 [N] the place of each in its row.
     slots: int64 [R, T] the place in the pool of every token; 0 in the padding.
     blocks: the rows again, sorted into blocks [R_i, T_i] of like length; entries as those of `slots`.
-    picked: int64 [N] the place among the positions of all blocks where a token's attention is read.
+    picked: int64 [N] the place among the positions of all blocks where a token's attention is read; None
+        where the pool is the one block itself, position by position.
     """
 
     tokens: Tensor
     positions: Tensor
     slots: Tensor
     blocks: tuple[Tensor, ...]
-    picked: Tensor
+    picked: Tensor | None
 
 
 def pack(tokens: Tensor, lengths: Tensor, *, worth: float = WORTH, blocks: int = BLOCKS) -> Packing | None:
@@ -91,7 +92,7 @@ def unpacked(tokens: Tensor) -> Packing:
     """The packing that changes nothing: all positions of rows [R, T] one by one, padding included."""
     (count, width), place = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
     slots = place.view(count, width)
-    return Packing(tokens.flatten(), place % width, slots, (slots,), place)
+    return Packing(tokens.flatten(), place % width, slots, (slots,), None)
 
 
 def hidden(model: LanguageModel, params: Params, tokens: Tensor, packing: Packing | None) -> Tensor:
@@ -126,8 +127,8 @@ def within_rows(packing: Packing, attend_rows: Attend = causal) -> Attend:
     Args:
         attend_rows: of a block of rows [R, H, T, Dh].
     """
-    blocks, sizes = packing.blocks, [block.numel() for block in packing.blocks]
-    if len(blocks) == 1 and sizes[0] == len(packing.tokens):
+    blocks, sizes, picked = packing.blocks, [block.numel() for block in packing.blocks], packing.picked
+    if picked is None:
         return _one_by_one(blocks[0].shape, attend_rows)
     gathered = torch.cat([block.reshape(-1) for block in blocks])
 
@@ -146,7 +147,7 @@ def within_rows(packing: Packing, attend_rows: Attend = causal) -> Attend:
             for rows in zip(spread(q), spread(k), spread(v), strict=True)
         ]  # [R_i · T_i, H · Dh] each
         by_token = parts[0] if len(parts) == 1 else torch.cat(parts)
-        by_token = by_token.index_select(0, packing.picked)
+        by_token = by_token.index_select(0, picked)
         return by_token.unflatten(-1, (q.shape[1], -1)).transpose(0, 1)[None]
 
     return attend
