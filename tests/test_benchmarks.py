@@ -198,6 +198,7 @@ def test_a_process_that_fails_says_how(modules: dict[str, ModuleType], tmp_path:
         ("logprobs", "logprobs"),
         ("train_step", "train-step"),
         ("train_curves", "train-curves"),
+        ("memory_plan", "memory_plan"),
     ],
 )
 def test_the_tables_that_are_kept_say_what_their_json_says(
