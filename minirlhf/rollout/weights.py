@@ -6,14 +6,14 @@ behind. Low-rank adapters are merged first, so that sampling costs what it costs
 
 Milliseconds of all products of GPT-2 124M (blocks + unembedding), two cores with AVX-512 and AMX:
 
-    rows    as they are     oneDNN        packed        int8
-       1      12 +  5      17 +  5       14 +  6       5.6
-       4      23 + 11      16 +  6       13 +  5
-       8      25 + 17      19 +  7       14 +  6       6.5
-      32      38 + 18      33 + 13       25 + 10       6.6
-     128      85 + 37      82 + 35       80 + 34      14.8
+    rows    as they are     oneDNN        packed         int8
+       1      12 +  5      17 +  5       13 +  4        7 + 1
+       4      22 + 10      17 +  6       14 +  5        8 + 1
+       8      25 + 17      19 +  7       14 +  5        9 + 1
+      32      39 + 18      35 + 13       17 +  7       12 + 2
+     128      70 + 35      74 + 34       55 + 20       21 + 9
 
-Reading the weights takes 12 + 5 ms, and computing 18 + 8 at 32 rows.
+Reading the weights takes 12 + 5 ms; at 32 rows torch's large products would take 18 + 8.
 """
 
 from abc import abstractmethod
