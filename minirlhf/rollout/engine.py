@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from minirlhf.models.interface import Attend, LanguageModel, Params
 from minirlhf.models.packing import Packing, pack, unpacked
@@ -168,8 +169,8 @@ class Engine:
 
     def _packed(self, prompts: list[tuple[int, ...]]) -> Packing:
         rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in prompts], batch_first=True)
-        rows, lengths = rows.to(self.device), torch.tensor([len(each) for each in prompts])
-        return pack(rows, lengths) or unpacked(rows)
+        packing = pack(rows, torch.tensor([len(each) for each in prompts])) or unpacked(rows)  # on the host
+        return tree_map_only(Tensor, lambda leaf: leaf.to(self.device), packing)
 
     def _draw(self, logits: Tensor) -> _Ints:
         """One token for every live row; rows that end leave. Returns them."""

@@ -203,8 +203,10 @@ def encoder_scorer(
 def encoder_reader(judge: EncoderCheckpoint) -> Reader:
     """An encoder reward model, for a plan: its rows are taken to be as long as the policy's."""
 
+    score = judge.model.score  # a plan may not close over parameters
+
     def raw(params: Params, tokens: Tensor, lengths: Tensor) -> Tensor:
-        return judge.model.score(params, tokens, torch.zeros_like(tokens), lengths)
+        return score(params, tokens, torch.zeros_like(tokens), lengths)
 
     return Reader(judge.params, raw, judge.tokenizer.context, waits=False)
 
