@@ -46,12 +46,16 @@ def first(result: Any) -> Tensor:
 def test_the_temperature_divides_the_logits_whatever_it_is(
     function: Callable[..., Any], temperature: float
 ) -> None:
-    states, unembedding = drawn()
-    law = torch.log_softmax(states @ unembedding.T / temperature, dim=-1)
-    expected = torch.where(MASK, law.gather(-1, TOKENS[..., None])[..., 0], 0.0)
-    torch.testing.assert_close(
-        first(function(states, unembedding, TOKENS, MASK, temperature=temperature)), expected
-    )
+    def exact(states: Tensor, unembedding: Tensor) -> Tensor:
+        law = torch.log_softmax(states @ unembedding.T / temperature, dim=-1)
+        return torch.where(MASK, law.gather(-1, TOKENS[..., None])[..., 0], 0.0)
+
+    def measured(states: Tensor, unembedding: Tensor) -> Tensor:
+        return first(function(states, unembedding, TOKENS, MASK, temperature=temperature))
+
+    torch.testing.assert_close(measured(*drawn()), exact(*drawn()))
+    gradients = [grad(lambda *pair, of=of: of(*pair).sum(), (0, 1))(*drawn()) for of in (measured, exact)]
+    torch.testing.assert_close(*gradients)
 
 
 @every_function
