@@ -1,7 +1,7 @@
 """Decode steps on a GPU as recorded graphs: one launch for a step instead of one for each of its operations.
 
-At batch 64 a step of GPT-2 124M has to move half a gigabyte, 0.2 ms on an H100, and has some 300 operations
-of about 5 µs to launch. A graph is recorded once for a number of rows (the slots, a quarter of them, ...) and
+At batch 64 a step of GPT-2 124M in bf16 has to move 0.55 GB, 0.17 ms on an H100, in 175 operations, of which
+each takes Python longer to launch. A graph is recorded once for a number of rows (slots, a quarter, ...) and
 then fits every step: what changes lies in the memory of an `Upload`, and attention finds its pages there.
 Rows that there are not are computed along, and thrown away. Graphs belong to one call of the sampler: they
 hold the addresses of its parameters.
