@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from minirlhf.models.interface import LanguageModel, Params, aligned
-from minirlhf.models.packing import Packing, hidden, pack
+from minirlhf.models.packing import Packing, hidden
 from minirlhf.objectives.divergence import exact_kl
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.rollout.sampler import Rollout, response_mask
-from minirlhf.training.packed import together
+from minirlhf.training.packed import in_order, parts_of
 
 KL_ROWS = 64
 """Rows that both models read at a time."""
@@ -55,18 +55,15 @@ def kl_to_reference(
         raise ValueError(
             "expected responses sampled at temperature 1, unfiltered; their log-probs say otherwise"
         )
-    order, parts = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths), []
-    for rows in order.split(micro_batch_size):
-        lengths = rollout.lengths[rows]
-        width = int(lengths.max())
+    parts, found = parts_of(rollout, size=micro_batch_size), []
+    for rows, width, packing in parts:
         tokens, counts = rollout.tokens[rows, :width], mask[rows, :width]
         place = counts.flatten().nonzero()[:, 0]
-        kl = kl_of_tokens(model, params, ref_params, tokens, place, pack(tokens, lengths))
-        parts.append(
+        kl = kl_of_tokens(model, params, ref_params, tokens, place, packing)
+        found.append(
             sequence_sum(torch.zeros_like(counts, dtype=kl.dtype).masked_scatter(counts, kl), counts)
         )
-    in_order = torch.cat(parts)
-    return torch.empty_like(in_order).index_copy_(0, order, in_order)
+    return in_order(found, parts)
 
 
 @torch.no_grad()

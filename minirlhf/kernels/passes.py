@@ -116,7 +116,7 @@ def wide_type(states: Tensor, unembedding: Tensor) -> torch.dtype:
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
     if len(ids):
-        low, high = (int(each) for each in ids.aminmax())
+        low, high = torch.stack(ids.aminmax()).tolist()  # one wait for the device
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
             raise IndexError(f"token id {wrong} under the mask is outside the vocabulary of {vocabulary}")

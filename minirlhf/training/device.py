@@ -1,5 +1,6 @@
 """Where a run computes: one name in, one device out, and the move of whole records onto it."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,19 @@ def resolve(name: str) -> torch.device:
 def move(tree: Tree, device: torch.device) -> Tree:
     """The same nested dict, list or NamedTuple, its tensors on `device` (copied unless already there)."""
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The same names, and numbers; the host waits once for those that are tensors [].
+
+    >>> numbers({"a": torch.tensor(2.5), "b": 1.0, "c": torch.tensor(3)})
+    {'a': 2.5, 'b': 1.0, 'c': 3.0}
+    """
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return {name: float(value) for name, value in values.items()}
+    found = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+    return {name: float(found.get(name, value)) for name, value in values.items()}
 
 
 def device_of(params: Params) -> torch.device:

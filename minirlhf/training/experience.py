@@ -14,14 +14,14 @@ from torch import Tensor
 
 from minirlhf.kernels.logprob import token_logp
 from minirlhf.models.interface import LanguageModel, Params, aligned, scalar
-from minirlhf.models.packing import Packing, hidden, pack
+from minirlhf.models.packing import Packing, hidden
 from minirlhf.objectives.advantages import gae, whiten
 from minirlhf.objectives.divergence import kl_k1, kl_shaped_reward
 from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
 from minirlhf.training.offload import Lendable, using
-from minirlhf.training.packed import Pack, together
+from minirlhf.training.packed import Part, in_order, parts_of
 
 
 class PolicyRows(Protocol):
@@ -168,17 +168,15 @@ def value_of(
     return select(scalar(params, aligned(hidden(model, params, tokens, packing))), mask)
 
 
-def take_rows(experience: Rows, index: Tensor, *, pack: Pack = pack) -> Rows:
-    """The rows at `index` [K] of every field alike, trimmed to the longest of them, packed where it pays."""
-    lengths = experience.lengths[index]
-    longest = int(lengths.max())
+def take_rows(experience: Rows, part: Part) -> Rows:
+    """The part's rows of every field alike, trimmed to the longest of them, packed as the part says."""
     fields: Any = experience
     taken = {
-        name: field[index, :longest] if field.ndim == 2 else field[index]
+        name: field[part.rows, : part.width] if field.ndim == 2 else field[part.rows]
         for name, field in fields._asdict().items()
         if name != "packing"
     }
-    return type(fields)(**taken, packing=pack(taken["tokens"], lengths))
+    return type(fields)(**taken, packing=part.packing)
 
 
 def by_rows(
@@ -186,16 +184,12 @@ def by_rows(
 ) -> Tensor:
     """read(tokens [b, t], response mask [b, t], packing) -> [b, t], a few rows of like length or of one
     prompt at a time: [N, T], 0 in what was trimmed."""
-    mask, width, parts = response_mask(rollout), rollout.tokens.shape[1], []
-    order = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
-    for rows in order.split(micro_batch_size):
-        lengths = rollout.lengths[rows]
-        longest = int(lengths.max())
-        tokens = rollout.tokens[rows, :longest]
-        part = read(tokens, mask[rows, :longest], pack(tokens, lengths))
-        parts.append(F.pad(part, (0, width - longest)))
-    found = torch.cat(parts)
-    return torch.empty_like(found).index_copy(0, order, found)
+    mask, width, found = response_mask(rollout), rollout.tokens.shape[1], []
+    parts = parts_of(rollout, size=micro_batch_size)
+    for rows, longest, packing in parts:
+        part = read(rollout.tokens[rows, :longest], mask[rows, :longest], packing)
+        found.append(F.pad(part, (0, width - longest)))
+    return in_order(found, parts)
 
 
 def check_finite(**tables: Tensor) -> None:

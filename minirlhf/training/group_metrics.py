@@ -1,6 +1,7 @@
 """What comes out of an iteration by groups: PPO's metrics but the critic's, and those of the groups."""
 
 from minirlhf.training import ppo_metrics
+from minirlhf.training.device import numbers
 from minirlhf.training.group_experience import GroupSampled
 
 _OF_THE_CRITIC = ("loss/value_avg", "val/clipfrac_avg", "value/grad_norm_avg", "value/explained_variance")
@@ -32,8 +33,10 @@ def sampled_metrics(
         experience, sampled.rollout, sampled.sampler_gap, kl_coefficient=kl_coefficient, eos_id=eos_id
     )
     score, ret = experience.score.view(-1, samples), experience.ret.view(-1, samples)
-    return common | {
-        "group/score_std": float(score.std(1).mean()),
-        "group/return_std": float(ret.std(1).mean()),
-        "group/no_spread": float((score == score[:, :1]).all(1).float().mean()),
-    }
+    return common | numbers(
+        {
+            "group/score_std": score.std(1).mean(),
+            "group/return_std": ret.std(1).mean(),
+            "group/no_spread": (score == score[:, :1]).all(1).float().mean(),
+        }
+    )

@@ -74,7 +74,7 @@ def optimise(
     loss = group_loss(model_of_loss(model, config), config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
-        policy, metrics = minibatch_step(
+        policy, sums = minibatch_step(
             policy,
             minibatch,
             loss,
@@ -83,7 +83,8 @@ def optimise(
             whole=whole,
             differentiate=differentiate,
         )
+        metrics = named(sums, "policy")
         if not history:
             check_first_minibatch(metrics, tolerance=tolerance)
-        history.append(named(metrics, "policy"))
+        history.append(metrics)
     return policy, history

@@ -104,7 +104,7 @@ def check_sampler(
     return most
 
 
-def check_first_minibatch(metrics: Mapping[str, Tensor], *, tolerance: float) -> None:
+def check_first_minibatch(metrics: Mapping[str, Tensor | float], *, tolerance: float) -> None:
     """Ratio 1, approximate KL 0 and clip fraction 0, before the policy has moved.
 
     Args:

@@ -113,7 +113,7 @@ def influence(params: Params, pairs: PairRows, validation: Step, *, loss: Loss) 
             leaves = [leaf.flatten(1) for leaf in pytree.tree_leaves(gradients)]
             dots = _summed([leaf @ other.flatten() for leaf, other in zip(leaves, towards, strict=True)])
             squares = _summed([leaf.square().sum(1) for leaf in leaves])
-            found[:, part] = torch.stack([dots, squares, losses.double().cpu()])
+            found[:, part] = torch.stack([dots, squares, losses.cpu().double()])
             for total, leaf in zip(sums, leaves, strict=True):
                 total += leaf.sum(0).view_as(total)
             advance(int(pairs.rows.lengths[torch.cat([part, part + count])].sum()))
@@ -153,4 +153,4 @@ def pair_gradients(params: Params, pairs: PairRows, index: Tensor, *, loss: Loss
 
 
 def _summed(parts: list[Tensor]) -> Tensor:
-    return torch.stack([part.double().cpu() for part in parts]).sum(0)
+    return torch.stack(parts).cpu().double().sum(0)

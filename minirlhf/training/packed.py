@@ -9,7 +9,7 @@ Padding and shared prompts cost time and nothing else, so there is no option: ro
 both of the layers that see one token at a time; attention runs on padded rows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -18,11 +18,23 @@ from torch import Tensor
 
 from minirlhf.data.records import Sequences
 from minirlhf.models.packing import Packing, pack
+from minirlhf.training.device import move
 from minirlhf.training.gradients import ComputeConfig
 
 Pack = Callable[[Tensor, Tensor], Packing | None]
 """(tokens [R, T], lengths [R]) -> their packing; None: as padded rows."""
 METRICS = ("perf/padding_waste", "perf/shared_tokens")
+
+
+class Prompted(Protocol):
+    """Rows [N, T] that begin with prompts: a rollout, an experience."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def prompt_lengths(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
 
 
 class PackedRows(NamedTuple):
@@ -39,6 +51,29 @@ class Batch(Protocol):
     def rows(self) -> Sequences: ...
     @property
     def packing(self) -> Packing | None: ...
+
+
+class Ids(NamedTuple):
+    """What decides how N rows are laid out, on the host: the device is waited for once, and not per part.
+
+    tokens: int64 [N, T]. prompt_lengths, lengths: int64 [N].
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+
+
+class Part(NamedTuple):
+    """Some of N rows, which go through a model together.
+
+    rows: int64 [b] which, on the device of the N. width: tokens of the longest. packing: of their first
+        `width` tokens; None: as padded rows.
+    """
+
+    rows: Tensor
+    width: int
+    packing: Packing | None
 
 
 class Rows(Protocol):
@@ -77,6 +112,31 @@ def together(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         longest[prompt] = max(size, longest.get(prompt, 0))
     order = sorted(range(len(sizes)), key=lambda row: (-longest[prompts[row]], prompts[row], -sizes[row]))
     return torch.tensor(order, device=tokens.device)
+
+
+def ids_of(rows: Prompted) -> Ids:
+    """The rows' ids, copied to the host."""
+    return Ids(*(each.cpu() for each in (rows.tokens, rows.prompt_lengths, rows.lengths)))
+
+
+def part_of(ids: Ids, index: Tensor, *, device: torch.device, pack: Pack = pack) -> Part:
+    """The rows at `index` [b], on the host, of a set on `device`."""
+    lengths = ids.lengths[index]
+    width = int(lengths.max())
+    packing = pack(ids.tokens[index, :width], lengths)
+    return Part(index.to(device), width, move(packing, device))
+
+
+def parts_of(rows: Prompted, *, size: int) -> list[Part]:
+    """All rows, `size` at a time, in the order of `together`."""
+    ids, device = ids_of(rows), rows.tokens.device
+    return [part_of(ids, index, device=device) for index in together(*ids).split(size)]
+
+
+def in_order(found: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """What was found for the rows of each part [b, ...], as the rows were: [N, ...]."""
+    table = torch.cat(list(found))
+    return torch.empty_like(table).index_copy(0, torch.cat([part.rows for part in parts]), table)
 
 
 def layout_metrics(batches: Iterable[Batch]) -> dict[str, Tensor]:

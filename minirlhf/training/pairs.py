@@ -82,7 +82,7 @@ def cut_pairs(
         return move(PairBatch(rows, extra, slots[i], size, packing), device)
 
     tokens = int(pairs.rows.lengths[index].sum() + pairs.rows.lengths[index + count].sum())
-    normaliser = torch.tensor(float(size), device=device)
+    normaliser = torch.full((), float(size), device=device)
     return Step(LazySequence(len(parts), micro_batch), normaliser, tokens)
 
 

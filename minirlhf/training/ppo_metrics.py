@@ -6,6 +6,7 @@ from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.objectives.value import explained_variance
 from minirlhf.rollout.sampler import LENGTH, Rollout
+from minirlhf.training.device import numbers
 from minirlhf.training.experience import PolicyRows, Sampled
 from minirlhf.training.mismatch import mismatch_metrics
 
@@ -79,7 +80,7 @@ def rollout_metrics(
         "response/missing_eos": (rollout.stop_reason == LENGTH).float().mean(),
         "guard/sampler_gap": sampler_gap,
     }
-    return {name: float(value) for name, value in values.items()}
+    return numbers(values)
 
 
 def learning_metrics(history: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from minirlhf.objectives.divergence import kl_k1
 from minirlhf.objectives.masked import sequence_sum
 from minirlhf.objectives.sampling import tempered
 from minirlhf.rollout.sampler import Rollout, generate, response_mask
+from minirlhf.training.device import numbers
 from minirlhf.training.experience import (
     PolicyRows,
     Sampled,
@@ -202,6 +203,6 @@ def objective_on(
             "validation/kl": kl.mean(),
             "validation/response_length": mask.sum() / len(mask),
         }
-        return {name: float(value) for name, value in values.items()}
+        return numbers(values)
 
     return evaluate

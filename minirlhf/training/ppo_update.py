@@ -19,11 +19,11 @@ from minirlhf.objectives.divergence import kl_k2, kl_k3
 from minirlhf.objectives.masked import scaled_sum
 from minirlhf.objectives.policy import clip_indicator, clipped_surrogate_loss, log_ratio, ratio
 from minirlhf.objectives.value import clipped_value_loss, value_loss
-from minirlhf.training.device import device_of
+from minirlhf.training.device import device_of, numbers
 from minirlhf.training.experience import Experience, PolicyRows, Rows, take_rows, value_of
 from minirlhf.training.gradients import differentiate_by, model_of_loss, work_of
 from minirlhf.training.guards import check_first_minibatch, tolerance_for
-from minirlhf.training.packed import account, pack_for, together
+from minirlhf.training.packed import account, ids_of, pack_for, part_of, together
 from minirlhf.training.ppo_config import OnPolicyConfig, PPOConfig
 from minirlhf.training.trained import FULL, Whole
 from minirlhf.training.update import Differentiate, Loss, TrainState, adamw, differentiated, update
@@ -154,7 +154,7 @@ def optimise(
     loss = policy_loss(model_of_loss(model, config), config, tolerance=tolerance)
     history: list[dict[str, float]] = []
     for minibatch in minibatches(experience, config, generator=generator):
-        policy, policy_metrics = minibatch_step(
+        policy, sums = minibatch_step(
             learners.policy,
             minibatch,
             loss,
@@ -163,6 +163,7 @@ def optimise(
             differentiate=differentiate,
             whole=policy_whole,
         )
+        policy_metrics = named(sums, "policy")
         if not history:
             check_first_minibatch(policy_metrics, tolerance=tolerance)
         critic, critic_metrics = critic_step(
@@ -175,7 +176,7 @@ def optimise(
             whole=critic_whole,
         )
         learners = Learners(policy, critic)
-        history.append(named(policy_metrics, "policy") | critic_metrics)
+        history.append(policy_metrics | critic_metrics)
         if config.target_kl is not None and history[-1]["policy/approxkl_k3_avg"] > config.target_kl:
             return learners, history, True
     return learners, history, False
@@ -235,22 +236,22 @@ def minibatches(
     rows_in_all = len(experience.tokens)
     if rows_in_all % config.minibatches:
         raise ValueError(f"{config.minibatches} minibatches must divide the {rows_in_all} rows of experience")
+    ids, device = ids_of(experience), experience.tokens.device
     for _ in range(config.epochs):
-        order = torch.randperm(rows_in_all, generator=generator).to(experience.tokens.device)
+        order = torch.randperm(rows_in_all, generator=generator)
         for drawn in order.split(rows_in_all // config.minibatches):
-            fields = experience.tokens, experience.prompt_lengths, experience.lengths
-            rows = drawn[together(*(field[drawn] for field in fields))]
+            rows = drawn[together(*(field[drawn] for field in ids))]
             parts = [
-                take_rows(experience, part, pack=pack_for(config))
+                take_rows(experience, part_of(ids, part, device=device, pack=pack_for(config)))
                 for part in rows.split(config.micro_batch_size)
             ]
-            yield Minibatch(parts, experience.mask[rows].sum())
+            yield Minibatch(parts, torch.stack([part.mask.sum() for part in parts]).sum())
 
 
 def named(metrics: dict[str, Tensor], model: str) -> dict[str, float]:
     """The update's own two metrics under names that say whose they are; `loss` is in the aux already."""
     own = {"grad_norm": f"{model}/grad_norm_avg"}
-    return {own.get(name, name): float(value) for name, value in metrics.items() if name != "loss"}
+    return numbers({own.get(name, name): value for name, value in metrics.items() if name != "loss"})
 
 
 def gradients_of(

@@ -14,10 +14,10 @@ from torch import Tensor
 from minirlhf.data.records import RewardFn
 from minirlhf.models.checkpoint import Normalisation
 from minirlhf.models.interface import LanguageModel, Params, scalar
-from minirlhf.models.packing import Packing, hidden, pack
+from minirlhf.models.packing import Packing, hidden
 from minirlhf.rollout.sampler import Rollout, responses
 from minirlhf.training.offload import Lendable, using
-from minirlhf.training.packed import together
+from minirlhf.training.packed import in_order, parts_of
 
 Scorer = Callable[[Rollout, Tensor], Tensor]
 """`scorer(rollout, prompt_index [B]) -> score [B]`, higher is better; row b answers prompt_index[b]."""
@@ -57,19 +57,16 @@ def reward_model_scorer(
 
     def score(rollout: Rollout, prompt_index: Tensor) -> Tensor:
         del prompt_index  # the prompt is in the ids
-        order = together(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
+        tokens, lengths, parts = rollout.tokens, rollout.lengths, parts_of(rollout, size=micro_batch_size)
 
         def read(here: Params) -> Tensor:
-            raw = []
-            for rows in order.split(micro_batch_size):
-                lengths = rollout.lengths[rows]
-                tokens = rollout.tokens[rows, : int(lengths.max())]
-                raw.append(raw_score(model, here, tokens, lengths, pack(tokens, lengths)))
-            return torch.cat(raw)
+            raw = [
+                raw_score(model, here, tokens[rows, :width], lengths[rows], packing)
+                for rows, width, packing in parts
+            ]
+            return in_order(raw, parts)
 
-        in_order = using(params, read)
-        scores = torch.empty_like(in_order).index_copy_(0, order, in_order)
-        return (scores - normalisation.shift) / normalisation.scale
+        return (using(params, read) - normalisation.shift) / normalisation.scale
 
     return torch.no_grad()(score)
 

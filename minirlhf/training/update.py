@@ -296,7 +296,8 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 def non_finite(params: Params) -> list[str]:
     """The paths of the leaves that hold NaN or infinity."""
     leaves = pytree.tree_flatten_with_path(params)[0]
-    return [_dotted(path) for path, leaf in leaves if not bool(leaf.isfinite().all())]
+    finite = torch.stack([leaf.isfinite().all() for _, leaf in leaves]).tolist()
+    return [_dotted(path) for (path, _), each in zip(leaves, finite, strict=True) if not each]
 
 
 def _blame(loss: float, norms: Tensor, grads: Params, params: Params) -> str:

@@ -7,6 +7,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from minirlhf.models import gpt2
 from minirlhf.models.interface import Params, with_scalar_head
 from minirlhf.rollout.sampler import Rollout, response_mask
+from minirlhf.training.experience import Rows, take_rows
+from minirlhf.training.packed import ids_of, part_of
 from minirlhf.training.ppo import Task
 from minirlhf.training.ppo_config import PPOConfig
 
@@ -47,6 +49,11 @@ def moved(params: Params, *, by: float, seed: int = 9) -> Params:
 POLICY = fresh(0)
 REFERENCE = moved(POLICY, by=0.05)
 CRITIC = with_scalar_head(MODEL, fresh(1), generator=torch.Generator().manual_seed(2))
+
+
+def taken(experience: Rows, index: Tensor) -> Rows:
+    """The rows at `index`, as a minibatch takes them."""
+    return take_rows(experience, part_of(ids_of(experience), index, device=experience.tokens.device))
 
 
 def token_scorer(rollout: Rollout, prompt_index: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from minirlhf.training import group_update, ppo_update
-from minirlhf.training.experience import Experience, take_rows
+from minirlhf.training.experience import Experience
 from minirlhf.training.update import Loss, gradient
 from tests.training import test_group_policy, tiny
-from tests.training.ppo_setting import CONFIG, CRITIC, MODEL, POLICY, moved
+from tests.training.ppo_setting import CONFIG, CRITIC, MODEL, POLICY, moved, taken
 from tests.training.test_ppo import experience as ppo_experience
 
 ROWS = CONFIG.batch_size
@@ -41,7 +41,7 @@ def test_any_split_has_the_gradient_loss_and_metrics_of_the_batch(
 ) -> None:
     loss, params = CASES[name]
     assert len(set(experience.mask.sum(1).tolist())) > 1  # ragged: a mean of means would be another
-    parts = [take_rows(experience, index) for index in torch.randperm(ROWS).split(sizes)]
+    parts = [taken(experience, index) for index in torch.randperm(ROWS).split(sizes)]
     tokens = experience.mask.sum()
     whole, value, aux = gradient(params, [experience], tokens, loss=loss)
     split, split_value, split_aux = gradient(params, parts, tokens, loss=loss)

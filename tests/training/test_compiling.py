@@ -18,7 +18,6 @@ from minirlhf.models.recompute import recomputing
 from minirlhf.runs import InputError
 from minirlhf.training import compiling, gradients, group_update, loop, ppo, ppo_update, sft
 from minirlhf.training.compiling import Compiler
-from minirlhf.training.experience import take_rows
 from minirlhf.training.gradients import ComputeConfig, Work, differentiate_by
 from minirlhf.training.update import Loss, TrainState, adamw, differentiated, gradient, init_state, update
 from tests.training import ppo_setting, test_group_policy, test_stage_losses, tiny
@@ -84,7 +83,9 @@ def on_policy(name: str) -> tuple[Loss, Any]:
 def test_a_loss_that_every_iteration_makes_anew_finds_its_graph(experience: Any, name: str) -> None:
     made = compiler()
     for sizes in ([12], [5, 7], [3, 9]):
-        parts: Sequence[Any] = [take_rows(experience, index) for index in torch.arange(12).split(sizes)]
+        parts: Sequence[Any] = [
+            ppo_setting.taken(experience, index) for index in torch.arange(12).split(sizes)
+        ]
         loss, params = on_policy(name)
         tokens = experience.mask.sum()
         expected = gradient(params, parts, tokens, loss=loss)

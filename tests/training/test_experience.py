@@ -13,8 +13,8 @@ from minirlhf.rollout.sampler import EOS as AT_EOS
 from minirlhf.rollout.sampler import LENGTH, STOP, Rollout, response_mask
 from minirlhf.runs import InputError
 from minirlhf.training import ppo_sampling
-from minirlhf.training.experience import Experience, by_rows, collect, logp_of, take_rows, value_of
-from tests.training.ppo_setting import CONFIG, CRITIC, EOS, MODEL, POLICY, PROMPTS, REFERENCE, TASK
+from minirlhf.training.experience import Experience, by_rows, collect, logp_of, value_of
+from tests.training.ppo_setting import CONFIG, CRITIC, EOS, MODEL, POLICY, PROMPTS, REFERENCE, TASK, taken
 
 
 def sampled(**changes: Any) -> ppo_sampling.Sampled:
@@ -236,7 +236,7 @@ def test_rows_are_taken_from_every_field_alike_and_trimmed_to_their_longest(
 ) -> None:
     e = made.experience
     index = e.lengths.argsort()[:3]
-    part = take_rows(e, index)
+    part = taken(e, index)
     width = int(e.lengths[index].max())
     assert width < e.tokens.shape[1]
     for name, whole in tensors(e).items():

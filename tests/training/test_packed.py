@@ -11,7 +11,7 @@ from minirlhf.data.records import collate, join
 from minirlhf.models.interface import Params
 from minirlhf.models.packing import Packing, pack
 from minirlhf.training import packed, ppo_update
-from minirlhf.training.experience import Experience, take_rows
+from minirlhf.training.experience import Experience
 from minirlhf.training.group_config import GroupConfig
 from minirlhf.training.group_experience import GroupExperience
 from minirlhf.training.group_update import group_loss
@@ -20,7 +20,7 @@ from minirlhf.training.pairs import cut_pairs, pair_rows, per_row
 from minirlhf.training.ppo_config import PPOConfig
 from minirlhf.training.ppo_update import minibatches
 from tests.training import tiny
-from tests.training.ppo_setting import CRITIC, MODEL, POLICY, moved
+from tests.training.ppo_setting import CRITIC, MODEL, POLICY, moved, taken
 
 # Groups of three samples; samples of a prompt differ in length, and two of them begin alike.
 ROWS = [
@@ -120,9 +120,9 @@ def test_minibatches_hold_what_was_drawn_and_share_prompts_within_it() -> None:
 
 def test_taken_rows_are_packed_by_their_own_tokens() -> None:
     e = experience()
-    part = take_rows(e, torch.tensor([1, 0]))
+    part = taken(e, torch.tensor([1, 0]))
     assert part.packing is not None and len(part.packing.tokens) == 7 + 1  # row 1, and the EOS of row 0
-    assert take_rows(e, torch.tensor([4])).packing is None
+    assert taken(e, torch.tensor([4])).packing is None
 
 
 def test_both_sides_of_a_pair_share_a_forward_pass() -> None:
