@@ -12,7 +12,9 @@ read the same pages at about the same time; the second reader finds them in the 
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -43,9 +45,35 @@ class Reads(NamedTuple):
     into: Tensor
 
 
+@functools.cache
 def available(device: torch.device) -> bool:
-    """Whether `attend` can run there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether `attend` runs there, and is right about two tokens; if it should and does not, that is said."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        right = knows_a_mean(device)
+        reason = "its result is wrong"
+    except Exception as error:  # of compilers and drivers: there may be none that fits
+        right, reason = False, f"{type(error).__name__}: {error}".partition("\n")[0]
+    if not right:
+        warnings.warn(
+            f"attention over the KV cache's pages goes without its Triton kernel, slower: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return right
+
+
+def knows_a_mean(device: torch.device) -> bool:
+    """Whether two tokens of equal keys are attended to equally, and the second is written into its page."""
+    zeros = partial(torch.zeros, device=device)
+    keys, values = zeros(1, 1, 16, 16), zeros(1, 1, 16, 16)
+    values[0, 0, 0] = 1.0
+    first, entries, position, into = ([0, 1], [[0, 0, 0]], [1], [0])
+    reads = Reads(*(torch.tensor(each, device=device) for each in (first, entries, position, into)))
+    q, k, v = zeros(1, 1, 1, 16), zeros(1, 1, 1, 16), torch.full((1, 1, 1, 16), 3.0, device=device)
+    out = attend([keys], [values], reads, q, k, v, scale=None, window=None)
+    return bool((out == 2.0).all() & (values[0, 0, 1] == 3.0).all())
 
 
 def attend(

@@ -47,7 +47,7 @@ class RecordingEngine(Engine):
         super().__init__(*given, **named)
         longest = max(len(part.prompt) for part in self.queue) + int(self.limits.max())
         self.upload = Upload(self.slots, self.slots * pages_for(longest), self.device)
-        self.steps = Steps(self._step, self.slots, record or graph_on(self.device))
+        self.steps = Steps(self.slots, record or graph_on(self.device))
 
     def _decode(self) -> tuple[Drawn, Tensor]:
         rows = len(self.row)
@@ -55,7 +55,7 @@ class RecordingEngine(Engine):
         said = self.upload.said(rows)
         said.token.copy_(self.token)
         self.position = self.position + 1
-        return self.steps(rows), said.where
+        return self.steps(rows, self._step), said.where
 
     def _newest(self) -> tuple[Attend, Tensor]:
         rows = len(self.row)
@@ -83,35 +83,37 @@ class Steps:
     The first step of each size is done as it is, recorded, and replayed: if it cannot be recorded (a law that
     looks at numbers) or gives other tokens, that is said once, and steps are done as they are from then on.
 
+    A step takes a number of rows, and reads and writes memory that stays where it is. It is not kept here: it
+    knows the engine, whose cache a circle of references would hold in memory after the call.
+
     Args:
-        step: rows -> what was drawn for them; reads and writes memory that stays where it is.
         slots: most rows.
     """
 
-    def __init__(self, step: Callable[[int], Drawn], slots: int, record: Record) -> None:
-        self.step, self.record = step, record
+    def __init__(self, slots: int, record: Record) -> None:
+        self.record = record
         self.sizes = [slots]
         while self.sizes[-1] >= 2 * _FEWER:
             self.sizes.append(self.sizes[-1] // _FEWER)
         self.graphs: dict[int, tuple[Drawn, Callable[[], None]]] = {}
         self.refused = False
 
-    def __call__(self, rows: int) -> Drawn:
+    def __call__(self, rows: int, step: Callable[[int], Drawn]) -> Drawn:
         """What was drawn for the first so many slots; valid until the next call."""
         size = min(each for each in self.sizes if each >= rows)
         if not self.refused and size not in self.graphs:
-            return self.make_ready(size, rows)
+            return self.make_ready(size, rows, step)
         if self.refused:
-            return self.step(rows)
+            return step(rows)
         out, replay = self.graphs[size]
         replay()
         return _of(out, rows)
 
-    def make_ready(self, size: int, rows: int) -> Drawn:
+    def make_ready(self, size: int, rows: int, step: Callable[[int], Drawn]) -> Drawn:
         """Does the step as it is, and records it."""
-        plain = _of(self.step(size), rows)
+        plain = _of(step(size), rows)
         try:
-            out, replay = self.record(lambda: self.step(size))
+            out, replay = self.record(lambda: step(size))
         except RuntimeError as error:  # torch's, for whatever a graph cannot hold
             self._refuse(f"{error}".partition("\n")[0])
             return plain

@@ -100,6 +100,13 @@ def test_the_kernel_is_the_plain_attention(
 
 
 @interpreted
+def test_before_it_is_used_it_is_asked_for_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paged.knows_a_mean(torch.device("cpu"))
+    monkeypatch.setattr(paged, "attend", lambda *given, **named: torch.zeros(1, 1, 1, 16))
+    assert not paged.knows_a_mean(torch.device("cpu"))
+
+
+@interpreted
 @pytest.mark.parametrize("case", CASES, ids=[case.label for case in CASES])
 def test_every_family_samples_through_the_kernel_as_without_a_cache(case: Case) -> None:
     model, params = tiny_model(case, dtype=torch.float64)
@@ -107,7 +114,7 @@ def test_every_family_samples_through_the_kernel_as_without_a_cache(case: Case) 
     index = torch.arange(4)
     with (
         mock.patch.object(paged, "available", lambda device: True),
-        mock.patch.object(recorded.Steps, "__call__", lambda steps, rows: steps.step(rows)),
+        mock.patch.object(recorded.Steps, "__call__", lambda steps, rows, step: step(rows)),
     ):
         rollout = generate(
             model, params, prompts, law=sampling_law, max_new_tokens=6, stop_ids=[7], seed=2,

@@ -1,9 +1,12 @@
 """Decode steps as a GPU does them, on a second device made of host memory: tests/second_device.py."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -94,6 +97,25 @@ def test_without_the_kernel_a_gpu_goes_page_by_page() -> None:
         assert_same(draw(model, moved(params), PROMPTS), here)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(mock.Mock(side_effect=OSError("no C compiler\nlong")), "OSError: no C compiler$"),
+     (mock.Mock(return_value=False), "its result is wrong")],
+)  # fmt: skip
+def test_a_kernel_that_fails_is_said_and_not_used(answer: mock.Mock, reason: str) -> None:
+    here = torch.device("cuda:7")
+    paged.available.cache_clear()
+    with (
+        mock.patch.object(paged.importlib.util, "find_spec", lambda name: object()),
+        mock.patch.object(paged, "knows_a_mean", answer),
+    ):
+        with pytest.warns(RuntimeWarning, match=f"goes without its Triton kernel, slower: {reason}"):
+            assert not paged.available(here)
+        assert not paged.available(here) and not paged.available(torch.device("cpu"))
+        answer.assert_called_once_with(here)
+    paged.available.cache_clear()
+
+
 def test_a_decode_step_is_one_copy_to_the_device_and_one_back() -> None:
     model, params = a_model()
 
@@ -144,6 +166,24 @@ def test_parameters_that_change_between_calls_are_the_ones_that_are_used() -> No
         second = draw(model, weights, PROMPTS)
     assert_same(first, draw(model, params, PROMPTS))
     assert_same(second, draw(model, other, PROMPTS))
+
+
+def test_after_a_call_its_cache_is_gone_at_once() -> None:
+    model, params = a_model()
+    kept: list[weakref.ref[object]] = []
+    make = recorded.RecordingEngine.__init__
+
+    def noted(engine: recorded.RecordingEngine, *given: Any, **named: Any) -> None:
+        make(engine, *given, **named)
+        kept.append(weakref.ref(engine.cache))
+
+    gc.disable()  # reference counts alone, as on a GPU whose memory fills up before Python looks for circles
+    try:
+        with a_gpu(), mock.patch.object(recorded.RecordingEngine, "__init__", noted):
+            draw(model, moved(params), PROMPTS)
+        assert [each() for each in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_law_that_looks_at_numbers_is_said_and_drawn_from_without_a_graph() -> None:
