@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import minirlhf
+from minirlhf.kernels import paged
 
 CUDA, _META = torch.device("cuda:0"), torch.device("meta")
 _ROOT = str(Path(minirlhf.__file__).parent)
@@ -238,6 +239,7 @@ def second_device() -> Iterator[Device]:
     with (
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch, "tensor", _tensor),
+        mock.patch.object(paged, "available", lambda where: False),  # Triton would launch on a real one
         mock.patch.object(Device, "now", device),
         device,
         _Face(),
