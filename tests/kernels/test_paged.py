@@ -23,8 +23,7 @@ from minirlhf.rollout.weights import as_they_are
 from tests.models.cases import CASES, Case, tiny_model
 from tests.rollout import plain_paged
 
-if find_spec("triton") is None:
-    pytest.skip("needs triton (make triton)", allow_module_level=True)
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (make triton)")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is 1")
