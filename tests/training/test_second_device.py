@@ -186,9 +186,7 @@ def test_an_iteration_of_ppo_learns_the_same() -> None:
     assert_same(found, right, atol=1e-5)
     learned = PPO.epochs * PPO.minibatches * (2 * (PER_STEP + 1) + PER_MICRO_BATCH)  # as below
     read = 3 * 3 + 2 * 3 * PER_FORWARD  # three models read the ids; two unembed, in three micro-batches each
-    checked = (
-        3 + 1 + 2
-    )  # finite log-probs and values, finite scores, and that the sampler's law is the trainer's
+    checked = 3 + 1 + 2  # log-probs and values are finite, scores are, and the sampler's law is the trainer's
     assert device.waits(*ROOMS) == learned + 3 + read + checked + 2  # and two readings of metrics
 
 
