@@ -81,7 +81,9 @@ def installed(system: str, package: str | None) -> bool:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
+    """Of an installed package; torch's own word names its build, too."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -14,7 +14,7 @@ import torch
 from minirlhf import __version__
 from minirlhf.runs.files import sha256_of
 
-_VERSIONED = ("torch", "numpy", "safetensors", "tokenizers", "rich", "tyro")
+_VERSIONED = ("numpy", "safetensors", "tokenizers", "rich", "tyro")
 
 
 def manifest(
@@ -44,6 +44,7 @@ def manifest(
         "versions": {
             "minirlhf": __version__,
             "python": platform.python_version(),
+            "torch": str(torch.__version__),  # it names the build, which its package does not always
             **{name: _version(name) for name in _VERSIONED},
         },
         "platform": platform.platform(),

@@ -62,5 +62,7 @@ def _count_differences(pairs: Sequence[PairExample], vocab_size: int) -> Iterato
                 columns += side.ids  # the prompt is on both sides and cancels
                 values += [sign] * len(side.ids)
         indices, size = torch.tensor([rows, columns]), (len(some), vocab_size)
-        counts = torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=False)
-        yield counts.coalesce()
+        # Made above, so they hold; torch 2.11 warns where this is not said for all operations.
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            counts = torch.sparse_coo_tensor(indices, torch.tensor(values), size).coalesce()
+        yield counts

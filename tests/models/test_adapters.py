@@ -124,7 +124,8 @@ def test_many_adapters_at_once_by_vmap_are_those_of_a_loop() -> None:
 def test_a_compiled_step_takes_adapters_as_one_graph(case: Case) -> None:
     model, base = tiny_model(case)
     adapters = noisy(fresh(model, base))
-    step = torch.func.grad(lambda a: value(model, join(model, base, a)))
+    outputs_first = family_of(model).outputs_first  # no question for a compiler
+    step = torch.func.grad(lambda a: value(model, joined(base, a, scale=SCALE, outputs_first=outputs_first)))
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -215,6 +215,9 @@ def test_a_packing_of_other_rows_is_refused() -> None:
         hidden(model, params, tokens[:, :7], packed(tokens, lengths))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="torch 2.11 asserts that a size which is a symbol is none"
+)
 def test_a_compiled_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_PER_BLOCK", 0)  # several blocks
     model, params = tiny(dtype=torch.float64)
