@@ -216,7 +216,7 @@ def test_a_packing_of_other_rows_is_refused() -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 12), reason="torch 2.11 asserts that a size which is a symbol is none"
+    torch.__version__ < "2.12", reason="torch 2.11 asserts that a size which is a symbol is none"
 )
 def test_a_compiled_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_PER_BLOCK", 0)  # several blocks
