@@ -26,7 +26,7 @@ try:  # it comes with torch for CUDA
 except ImportError:
     triton = tl = cast(Any, None)
 
-MOST_ARENAS = 3
+_MOST_ARENAS = 3
 _EVERYTHING = 2**40  # tokens of a window that is none
 
 
@@ -96,7 +96,7 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     own = len(keys) - 1
     arenas = [
-        arena for each in range(MOST_ARENAS) for arena in (keys[min(each, own)], values[min(each, own)])
+        arena for each in range(_MOST_ARENAS) for arena in (keys[min(each, own)], values[min(each, own)])
     ]
     strides = [stride for each in (q, k, v, out) for stride in each.stride()[:2]]
     with torch.cuda.device_of(q):  # Triton launches on the current one
@@ -130,7 +130,7 @@ def _kernel() -> Any:
         new_key = tl.load(k + row * k_row + head * k_head + entry_of_head, mask=inside, other=0.0)
         new_value = tl.load(v + row * v_row + head * v_head + entry_of_head, mask=inside, other=0.0)
         most = tl.sum(query * new_key.to(wide), 0)
-        total = tl.sum(tl.where(entry_of_head == 0, 1.0, 0.0).to(wide), 0)
+        total = tl.full([], 1.0, wide)
         mixed = new_value.to(wide)
         within = tl.arange(0, PAGE)
         for entry in range(tl.load(first + row), tl.load(first + row + 1)):

@@ -5,8 +5,9 @@ A softmax over pieces is exact: with o_i the attention within piece i and l_i it
     attention = Σ_i softmax(l)_i o_i
 
 (Milakov & Gimelshein 2018, arXiv:1805.02867; "flash-decoding"). On a CPU in fp32 one pass of `kernels.cpu`
-goes over a row's pages. Elsewhere a page is read once, in place, by one product, whoever its readers are: a
-page of a shared prompt serves all samples of that prompt at a time.
+goes over a row's pages, on a GPU with Triton one of `kernels.paged`. Elsewhere a page is read once, in
+place, by one product, whoever its readers are: a page of a shared prompt serves all samples of that prompt at
+a time.
 """
 
 from collections.abc import Callable

@@ -43,11 +43,11 @@ def graph_on(device: torch.device) -> Record:
 class RecordingEngine(Engine):
     """`Engine` where `kernels.paged` runs: decode steps without newcomers are recorded."""
 
-    def __init__(self, *given: Any, record: Record | None = None, **named: Any) -> None:
+    def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         longest = max(len(part.prompt) for part in self.queue) + int(self.limits.max())
         self.upload = Upload(self.slots, self.slots * pages_for(longest), self.device)
-        self.steps = Steps(self.slots, record or graph_on(self.device))
+        self.steps = Steps(self.slots, graph_on(self.device))
 
     def _decode(self) -> tuple[Drawn, Tensor]:
         rows = len(self.row)
@@ -100,11 +100,11 @@ class Steps:
 
     def __call__(self, rows: int, step: Callable[[int], Drawn]) -> Drawn:
         """What was drawn for the first so many slots; valid until the next call."""
-        size = min(each for each in self.sizes if each >= rows)
-        if not self.refused and size not in self.graphs:
-            return self.make_ready(size, rows, step)
         if self.refused:
             return step(rows)
+        size = min(each for each in self.sizes if each >= rows)
+        if size not in self.graphs:
+            return self.make_ready(size, rows, step)
         out, replay = self.graphs[size]
         replay()
         return _of(out, rows)
@@ -120,9 +120,9 @@ class Steps:
         replay()
         if bool(_agree(plain, _of(out, rows))):
             self.graphs[size] = out, replay
-        else:
-            self._refuse("replayed, one drew other tokens")
-        return plain
+            return plain
+        self._refuse("replayed, one drew other tokens")
+        return step(rows)  # once more: what the replay has written into the cache is as wrong
 
     def _refuse(self, reason: str) -> None:
         self.refused = True

@@ -1,4 +1,4 @@
-"""Where a run computes: one name in, one device out, and the move of whole records onto it."""
+"""Where a run computes: one name in, one device out, whole records onto it, and numbers back."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -45,16 +45,20 @@ def move(tree: Tree, device: torch.device) -> Tree:
 
 
 def numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The same names, and numbers; the host waits once for those that are tensors [].
+    """The same names, and numbers; the host waits once for all floating tensors [], and for each other one.
 
     >>> numbers({"a": torch.tensor(2.5), "b": 1.0, "c": torch.tensor(3)})
     {'a': 2.5, 'b': 1.0, 'c': 3.0}
     """
-    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-    if not tensors:
-        return {name: float(value) for name, value in values.items()}
-    found = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
-    return {name: float(found.get(name, value)) for name, value in values.items()}
+    # A count in one stack with fp32 would be rounded to it; floating types widen without.
+    floating = {
+        name: value.detach()
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    read = torch.stack(list(floating.values())).tolist() if floating else []
+    found = dict(zip(floating, read, strict=True))
+    return {name: found[name] if name in found else float(value) for name, value in values.items()}
 
 
 def device_of(params: Params) -> torch.device:

@@ -21,20 +21,14 @@ from minirlhf.objectives.masked import select
 from minirlhf.rollout.sampler import LENGTH, Rollout, response_mask
 from minirlhf.runs import InputError
 from minirlhf.training.offload import Lendable, using
-from minirlhf.training.packed import Part, in_order, parts_of
+from minirlhf.training.packed import Part, Prompted, in_order, parts_of
 
 
-class PolicyRows(Protocol):
+class PolicyRows(Prompted, Protocol):
     """What the policy's side reads of an experience, PPO's or a group's; the fields are those below."""
 
     @property
-    def tokens(self) -> Tensor: ...
-    @property
     def mask(self) -> Tensor: ...
-    @property
-    def prompt_lengths(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
     @property
     def old_logp(self) -> Tensor: ...
     @property

@@ -104,7 +104,7 @@ def check_sampler(
     return most
 
 
-def check_first_minibatch(metrics: Mapping[str, Tensor | float], *, tolerance: float) -> None:
+def check_first_minibatch(metrics: Mapping[str, float], *, tolerance: float) -> None:
     """Ratio 1, approximate KL 0 and clip fraction 0, before the policy has moved.
 
     Args:
@@ -121,9 +121,9 @@ def check_first_minibatch(metrics: Mapping[str, Tensor | float], *, tolerance: f
         "policy/clipfrac_avg": (0.0, 0.0),
     }
     wrong = [
-        f"{name} = {float(metrics[name]):.6g} instead of {value:g}"
+        f"{name} = {metrics[name]:.6g} instead of {value:g}"
         for name, (value, rounding) in allowed.items()
-        if not abs(float(metrics[name]) - value) <= rounding  # also refuses NaN
+        if not abs(metrics[name] - value) <= rounding  # also refuses NaN
     ]
     if wrong:
         raise GuardError(

@@ -26,15 +26,20 @@ Pack = Callable[[Tensor, Tensor], Packing | None]
 METRICS = ("perf/padding_waste", "perf/shared_tokens")
 
 
-class Prompted(Protocol):
-    """Rows [N, T] that begin with prompts: a rollout, an experience."""
+class Rows(Protocol):
+    """What the account reads of rows [R, T]."""
 
     @property
     def tokens(self) -> Tensor: ...
     @property
-    def prompt_lengths(self) -> Tensor: ...
-    @property
     def lengths(self) -> Tensor: ...
+
+
+class Prompted(Rows, Protocol):
+    """Rows that begin with prompts: a rollout, an experience."""
+
+    @property
+    def prompt_lengths(self) -> Tensor: ...
 
 
 class PackedRows(NamedTuple):
@@ -74,15 +79,6 @@ class Part(NamedTuple):
     rows: Tensor
     width: int
     packing: Packing | None
-
-
-class Rows(Protocol):
-    """What the account reads of rows [R, T]."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
 
 
 def packed(rows: Sequences, *, pack: Pack = pack) -> PackedRows:

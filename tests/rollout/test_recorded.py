@@ -198,16 +198,28 @@ def test_a_law_that_looks_at_numbers_is_said_and_drawn_from_without_a_graph() ->
 
 
 def test_a_graph_that_draws_other_tokens_is_not_used() -> None:
+    written: list[tuple[Tensor, paged.Reads]] = []
+
+    def attend(keys: list[Tensor], values: list[Tensor], reads: paged.Reads, *qkv: Any, **how: Any) -> Tensor:
+        written.append((keys[-1], reads))
+        return plain_paged.attend(keys, values, reads, *qkv, **how)
+
     def record(step: Callable[[], recorded.Drawn]) -> tuple[recorded.Drawn, Callable[[], None]]:
         out = step()
 
         def replay() -> None:
             out.token.add_(1)
+            keys, reads = written[-1]
+            keys[reads.into, :, reads.position % PAGE] = 7.0
 
         return out, replay
 
     model, params = a_model()
-    with a_gpu(record=record), pytest.warns(RuntimeWarning, match="replayed, one drew other tokens"):
+    with (
+        a_gpu(record=record),
+        mock.patch.object(paged, "attend", attend),
+        pytest.warns(RuntimeWarning, match="replayed, one drew other tokens"),
+    ):
         there = draw(model, moved(params), PROMPTS)
     assert_same(there, draw(model, params, PROMPTS))
 

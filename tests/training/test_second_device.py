@@ -25,7 +25,7 @@ from minirlhf.models.recompute import recomputing
 from minirlhf.objectives.sampling import sampling_law
 from minirlhf.rollout.sampler import generate
 from minirlhf.training import group_policy, influence, ppo, preference, reward_model, sft
-from minirlhf.training.device import device_of
+from minirlhf.training.device import device_of, numbers
 from minirlhf.training.group_experience import GROUP_NORMALISED, RLOO, GroupObjective
 from minirlhf.training.offload import waiting
 from minirlhf.training.pair_objectives import DPOConfig, IPOConfig, dpo
@@ -66,6 +66,14 @@ def assert_same(found: Any, right: Any, *, atol: float = 2e-6) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=atol)
         elif other is not None:  # a number
             assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_metrics_are_read_in_one_piece_and_counts_are_not_rounded_by_it() -> None:
+    values = {"mean": torch.tensor(0.1), "wide": torch.tensor(0.1).double(), "count": torch.tensor(2**24 + 1)}
+    right = {name: float(value) for name, value in values.items()} | {"known": 0.1}
+    with second_device() as device:
+        assert numbers({**moved(values), "known": 0.1}) == right
+        assert device.waits() == 2
 
 
 def test_a_tensor_of_the_host_inside_a_gradient_is_noticed() -> None:
@@ -187,7 +195,8 @@ def test_an_iteration_of_ppo_learns_the_same() -> None:
     learned = PPO.epochs * PPO.minibatches * (2 * (PER_STEP + 1) + PER_MICRO_BATCH)  # as below
     read = 3 * 3 + 2 * 3 * PER_FORWARD  # three models read the ids; two unembed, in three micro-batches each
     checked = 3 + 1 + 2  # log-probs and values are finite, scores are, and the sampler's law is the trainer's
-    assert device.waits(*ROOMS) == learned + 3 + read + checked + 2  # and two readings of metrics
+    metrics = 2 + 1  # in one piece each; and a count, of EOS
+    assert device.waits(*ROOMS) == learned + 3 + read + checked + metrics
 
 
 def test_learning_from_an_experience_waits_once_for_its_ids_and_twice_a_step() -> None:
